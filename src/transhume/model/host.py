@@ -1,0 +1,39 @@
+"""A host: a server with the daemon."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class HostInventory(BaseModel):
+    """What a host has and can do, measured by its own daemon.
+
+    `tracking_obstacles` and `kvm_obstacle` are sentences: empty when the host can do it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    cpus: int
+    memory_bytes: int
+    memory_available_bytes: int
+    kernel: str
+    transhume_version: str
+    qemu_version: str
+    machine_types: tuple[str, ...]
+    cpu_flags: tuple[str, ...]
+    kvm_obstacle: str = ""
+    tracking_obstacles: tuple[str, ...] = ()
+
+
+class Host(BaseModel):
+    """One member of the farm. `address` and `port` are where its daemon answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    address: str
+    port: int
+    joined_at_s: float
+    last_seen_s: float
+    controller: bool = False
+    inventory: HostInventory
