@@ -1,0 +1,116 @@
+"""What the controller, the hosts and the movers ask of each other during a migration."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from transhume.model.migration import Migration, MigrationReport, Outcome, Phase, Progress
+from transhume.model.vm import RamBlock, VmSpec, VmState
+
+
+class SourceFacts(BaseModel):
+    """What the source's daemon found by looking at the running VM, for the pre-flight.
+
+    `ram_obstacles` and `device_obstacles` are sentences that name the thing, the reason and the mend;
+    `required_cpu_flags` are the host flags that the guest was shown (empty under TCG).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: VmState
+    spec: VmSpec
+    ram_blocks: tuple[RamBlock, ...] = ()
+    qemu_version: str = ""
+    required_cpu_flags: tuple[str, ...] = ()
+    ram_obstacles: tuple[str, ...] = ()
+    device_obstacles: tuple[str, ...] = ()
+    qemu_obstacles: tuple[str, ...] = ()
+
+
+class DestinationFacts(BaseModel):
+    """What a possible destination found when it looked for what the VM needs.
+
+    `disk_obstacles` are sentences, one for each disk that this host cannot open.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_available_bytes: int
+    disk_obstacles: tuple[str, ...] = ()
+    file_obstacles: tuple[str, ...] = ()
+
+
+class DirtySample(BaseModel):
+    """A short measurement of a running VM: what a migration would have to move, and how fast it changes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sample_ms: float
+    populated_bytes: int
+    zero_bytes: int
+    dirty_bytes: int
+
+
+class PrepareOrder(BaseModel):
+    """To the destination: make the VM, paused, and wait for the source (steps 2, 3, 3A, 4)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    migration: Migration
+    spec: VmSpec
+    ram_blocks: tuple[RamBlock, ...]
+
+
+class Prepared(BaseModel):
+    """The destination waits at `address`:`port`; `key` is the one-time secret (hex) of the data path."""
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    port: int
+    key: str
+
+
+class BeginOrder(BaseModel):
+    """To the source: the destination is ready, start to move (step 4)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    migration: Migration
+    prepared: Prepared
+    ram_blocks: tuple[RamBlock, ...]
+
+
+class MigrationUpdate(BaseModel):
+    """From either end: how far the migration is; with an `outcome` other than RUNNING, that it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    migration: str
+    host: str
+    phase: Phase
+    outcome: Outcome = Outcome.RUNNING
+    runs_at: str = ""
+    error_code: str = ""
+    error: str = ""
+    progress: Progress | None = None
+    report: MigrationReport | None = None
+
+
+class CancelReply(BaseModel):
+    """`accepted` is false when the migration had passed its point of no return; `runs_at` says where."""
+
+    model_config = ConfigDict(frozen=True)
+
+    accepted: bool
+    runs_at: str
+
+
+class SwapReply(BaseModel):
+    """The answer of the register: whether the swap was made, and what it holds now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    won: bool
+    owner: str
+    epoch: int
