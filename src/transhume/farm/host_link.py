@@ -11,8 +11,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
-    PrepareOrder,
     Prepared,
+    PrepareOrder,
     SourceFacts,
 )
 from transhume.model.vm import VmSpec, VmState
