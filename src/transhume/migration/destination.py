@@ -1,0 +1,440 @@
+"""The destination's half of a migration, without I/O.
+
+It may commit exactly when it holds everything: all RAM, the device state whole, and a QEMU that has
+loaded it. The commit is the swap `(source, e) -> (destination, e + 1)`. While that swap is under way,
+or its outcome unknown, nothing else is decided: neither may the VM run nor may it be destroyed. "I gave
+up for good" (`TellPeerFailed`) is said only after the VM here is gone and with no swap under way, so that
+the source may believe it and go on without asking the register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar
+
+from transhume.migration import events as ev
+from transhume.migration.machine import Command, Event, Machine, Rule, ignored
+from transhume.model.migration import Migration, Outcome, Phase
+
+ASK_AGAIN_S = 2.0
+"""Step 3A: how often a waiting destination asks whether the migration still goes on."""
+
+SWAP_RETRY_S = 0.5
+RESUME_ATTEMPTS = 5
+FINISH_LIMIT_S = 15.0
+"""How long a running destination waits for the source's farewell."""
+
+
+class DestinationState(StrEnum):
+    """Where the destination stands."""
+
+    CREATING = "creating"
+    WAITING = "waiting"
+    RECEIVING = "receiving"
+    LOADING = "loading"
+    COMMITTING = "committing"
+    REVOKING = "revoking"
+    RESUMING = "resuming"
+    RUNNING = "running"
+    DESTROYING = "destroying"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+D = DestinationState
+
+PHASES: dict[DestinationState, Phase] = {
+    D.CREATING: Phase.REQUESTED,
+    D.WAITING: Phase.PREPARED,
+    D.RECEIVING: Phase.PRECOPY,
+    D.LOADING: Phase.SUSPENDED,
+    D.COMMITTING: Phase.STATE_SENT,
+    D.REVOKING: Phase.STATE_SENT,
+    D.RESUMING: Phase.COMMITTED,
+    D.RUNNING: Phase.RUNNING_AT_DESTINATION,
+    D.DESTROYING: Phase.ABORTED,
+    D.DONE: Phase.DONE,
+    D.ABORTED: Phase.ABORTED,
+}
+
+_TROUBLE: dict[type[Event], Rule[StrEnum]] = {
+    ev.LinkLost: Rule("_give_up_link", (D.DESTROYING,)),
+    ev.PeerAborted: Rule("_peer_aborted", (D.DESTROYING,)),
+    ev.CommandFailed: Rule("_give_up_command", (D.DESTROYING,)),
+    ev.QemuDied: Rule("_give_up_qemu", (D.DESTROYING,)),
+    ev.PeerHeard: Rule("_heard", ()),
+    ev.CancelRequested: Rule("_give_up_cancel", (D.DESTROYING,)),
+    ev.MigrationKnown: Rule("", ()),
+}
+"""Before the commit is tried, every trouble ends with nothing left here."""
+
+
+class DestinationMachine(Machine[DestinationState]):
+    """One migration, seen from the host that will run the VM."""
+
+    table: ClassVar = {
+        D.CREATING: {
+            ev.Listening: Rule("_listening", (D.WAITING,)),
+            ev.Recovered: Rule("_recovered", (D.REVOKING,)),
+            ev.CommandFailed: Rule("_give_up_command", (D.DESTROYING,)),
+            ev.QemuDied: Rule("_give_up_qemu", (D.DESTROYING,)),
+            ev.CancelRequested: Rule("_give_up_cancel", (D.DESTROYING,)),
+            ev.Tick: Rule("", ()),
+        },
+        D.WAITING: {
+            **_TROUBLE,
+            ev.SourceConnected: Rule("_source_connected", (D.RECEIVING,)),
+            ev.MigrationKnown: Rule("_migration_known", (D.DESTROYING,)),
+            ev.Tick: Rule("_tick_waiting", (D.DESTROYING,)),
+        },
+        D.RECEIVING: {
+            **_TROUBLE,
+            ev.PassReceived: Rule("_heard", ()),
+            ev.LastPagesReceived: Rule("_last_pages", (D.LOADING,)),
+            ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
+        },
+        D.LOADING: {
+            **_TROUBLE,
+            ev.StateReceived: Rule("_state_received", (D.COMMITTING,)),
+            ev.StateLoaded: Rule("_state_loaded", (D.COMMITTING,)),
+            ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
+        },
+        D.COMMITTING: {
+            ev.SwapWon: Rule("_commit_won", (D.RESUMING,)),
+            ev.SwapLost: Rule("_commit_lost", (D.RESUMING, D.DESTROYING)),
+            ev.SwapRefused: Rule("_commit_refused", (D.DESTROYING,)),
+            ev.SwapUnknown: Rule("_swap_unknown", ()),
+            ev.Tick: Rule("_tick_committing", ()),
+            ev.QemuDied: Rule("_qemu_died_committing", ()),
+            **ignored(
+                ev.LinkLost,
+                ev.PeerAborted,
+                ev.CommandFailed,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.MigrationKnown,
+            ),
+        },
+        D.REVOKING: {
+            ev.SwapWon: Rule("_revoked", (D.DESTROYING,)),
+            ev.SwapLost: Rule("_revoke_lost", (D.RESUMING, D.DESTROYING)),
+            ev.SwapUnknown: Rule("_swap_unknown", ()),
+            ev.SwapRefused: Rule("_swap_unknown", ()),
+            ev.Tick: Rule("_tick_revoking", ()),
+            ev.QemuDied: Rule("_qemu_died_committing", ()),
+            **ignored(ev.LinkLost, ev.CommandFailed, ev.PeerHeard, ev.CancelRequested),
+        },
+        D.RESUMING: {
+            ev.VmResumed: Rule("_resumed", (D.RUNNING,)),
+            ev.CommandFailed: Rule("_resume_failed", (D.DONE,)),
+            ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
+            ev.Tick: Rule("_tick_resuming", ()),
+            **ignored(
+                ev.LinkLost,
+                ev.PeerAborted,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.SwapUnknown,
+                ev.SwapLost,
+                ev.SwapWon,
+                ev.PeerFinished,
+                ev.MigrationKnown,
+            ),
+        },
+        D.RUNNING: {
+            ev.PeerFinished: Rule("_finished", (D.DONE,)),
+            ev.LinkLost: Rule("_finished_alone", (D.DONE,)),
+            ev.Tick: Rule("_tick_running", (D.DONE,)),
+            ev.QemuDied: Rule("_finished_alone", (D.DONE,)),
+            **ignored(ev.PeerAborted, ev.PeerHeard, ev.CancelRequested, ev.CommandFailed, ev.MigrationKnown),
+        },
+        D.DESTROYING: {
+            ev.VmDestroyed: Rule("_destroyed", (D.ABORTED,)),
+            ev.CommandFailed: Rule("_destroy_failed", (D.ABORTED,)),
+            **ignored(
+                ev.Tick,
+                ev.LinkLost,
+                ev.PeerAborted,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.QemuDied,
+                ev.Listening,
+                ev.SourceConnected,
+                ev.PassReceived,
+                ev.LastPagesReceived,
+                ev.StateReceived,
+                ev.StateLoaded,
+                ev.MigrationKnown,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+            ),
+        },
+        D.DONE: {},
+        D.ABORTED: {},
+    }
+    final: ClassVar = frozenset({D.DONE, D.ABORTED})
+
+    def __init__(self, migration: Migration, now_s: float) -> None:
+        super().__init__(D.CREATING)
+        self.migration = migration
+        self.outcome = Outcome.RUNNING
+        self.error_code = ""
+        self.error = ""
+        self._heard_s = now_s
+        self._waiting_since_s = now_s
+        self._asked_s = now_s
+        self._state_received_s: float | None = None
+        self._loading_since_s = now_s
+        self._loaded = False
+        self._swap_under_way = False
+        self._swap_unanswered = False
+        self._swap_asked_s = now_s
+        self._load_s = 0.0
+        self._commit_since_s = now_s
+        self._commit_s = 0.0
+        self._resume_since_s = now_s
+        self._resume_attempts = 0
+        self._resume_due_s: float | None = None
+        self._qemu_died = False
+        self._never_connected = True
+        self._vm_is_lost = False
+
+    @property
+    def phase(self) -> Phase:
+        """The patent's step that this state belongs to."""
+        return PHASES[self.state]
+
+    @property
+    def runs_at(self) -> str:
+        """Where the VM runs as far as this end knows, in words."""
+        if self._vm_is_lost:
+            return f"nowhere: {self.error}"
+        if self.state in (D.RESUMING, D.RUNNING, D.DONE):
+            return f"destination host {self.migration.destination}"
+        if self.state in (D.COMMITTING, D.REVOKING):
+            return "unknown until the register answers"
+        return f"source host {self.migration.source}"
+
+    @property
+    def source_never_came(self) -> bool:
+        """Whether no source ever connected: then no other end will report the failure."""
+        return self._never_connected
+
+    # --- the way there ---------------------------------------------------------------------------
+
+    def _listening(self, _: ev.Listening, now_s: float) -> Sequence[Command]:
+        self.state = D.WAITING
+        self._waiting_since_s = self._asked_s = now_s
+        return (ev.Publish(),)
+
+    def _recovered(self, _: ev.Recovered, now_s: float) -> Sequence[Command]:
+        """The predecessor may have sent a commit whose answer nobody read.
+
+        So before anything is destroyed the register is moved on: after `(source, e + 1)` no late commit
+        of this epoch can succeed.
+        """
+        self._fail("mover-died", "the destination's mover died")
+        self.state = D.REVOKING
+        self._swap_under_way = True
+        self._swap_asked_s = now_s
+        return (ev.SwapToSource(),)
+
+    def _source_connected(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
+        self.state = D.RECEIVING
+        self._heard_s = now_s
+        self._never_connected = False
+        return (ev.Publish(),)
+
+    def _last_pages(self, _: ev.LastPagesReceived, now_s: float) -> Sequence[Command]:
+        self.state = D.LOADING
+        self._heard_s = now_s
+        self._loading_since_s = now_s
+        return ()
+
+    def _state_received(self, _: ev.StateReceived, now_s: float) -> Sequence[Command]:
+        self._heard_s = now_s
+        self._state_received_s = now_s
+        return self._commit_when_complete(now_s)
+
+    def _state_loaded(self, _: ev.StateLoaded, now_s: float) -> Sequence[Command]:
+        self._loaded = True
+        return self._commit_when_complete(now_s)
+
+    def _commit_when_complete(self, now_s: float) -> Sequence[Command]:
+        if self._state_received_s is None or not self._loaded:
+            return ()
+        self._load_s = now_s - self._state_received_s
+        self.state = D.COMMITTING
+        self._commit_since_s = self._swap_asked_s = now_s
+        self._swap_under_way = True
+        return (ev.SwapToDestination(),)
+
+    def _commit_won(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        self._commit_s = now_s - self._commit_since_s
+        self._resume_since_s = now_s
+        self.state = D.RESUMING
+        if self._qemu_died:
+            return (ev.TellPeerCommitted(), *self._vm_lost(ev.QemuDied("it ended during the commit"), now_s))
+        return (ev.ResumeVm(), ev.TellPeerCommitted())
+
+    def _commit_lost(self, event: ev.SwapLost, now_s: float) -> Sequence[Command]:
+        if event.owner == self.migration.destination and event.epoch == self.migration.epoch + 1:
+            return self._commit_won(event, now_s)  # an earlier try was made, only its answer was lost
+        self._swap_under_way = False
+        return self._give_up("aborted", "the source took the migration back before the commit")
+
+    def _commit_refused(self, event: ev.SwapRefused, now_s: float) -> Sequence[Command]:
+        if self._swap_unanswered:
+            return self._swap_unknown(event, now_s)  # an earlier try may still be made
+        self._swap_under_way = False
+        return self._give_up("store-full", event.message)
+
+    def _resumed(self, _: ev.VmResumed, now_s: float) -> Sequence[Command]:
+        self.state = D.RUNNING
+        self._heard_s = now_s
+        return (
+            ev.TellPeerRunning(self._load_s, self._commit_s, now_s - self._resume_since_s),
+            ev.Publish(),
+        )
+
+    def _finished(self, _: ev.PeerFinished, now_s: float) -> Sequence[Command]:
+        self.state = D.DONE
+        self.outcome = Outcome.COMPLETED
+        return (ev.Publish(ended=True),)
+
+    def _finished_alone(self, _: Event, now_s: float) -> Sequence[Command]:
+        return self._finished(ev.PeerFinished(), now_s)
+
+    # --- trouble before the commit ---------------------------------------------------------------
+
+    def _give_up_link(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        return self._give_up(event.code, event.message)
+
+    def _peer_aborted(self, event: ev.PeerAborted, now_s: float) -> Sequence[Command]:
+        return self._give_up("aborted", event.message)
+
+    def _give_up_command(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        return self._give_up(event.code, event.message)
+
+    def _give_up_qemu(self, event: ev.QemuDied, now_s: float) -> Sequence[Command]:
+        return self._give_up("vmm", f"the destination's QEMU died: {event.message}")
+
+    def _give_up_cancel(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        return self._give_up("cancelled", "cancelled")
+
+    def _give_up(self, code: str, message: str) -> Sequence[Command]:
+        self._fail(code, message)
+        self.state = D.DESTROYING
+        return (ev.StopWork(), ev.DestroyVm())
+
+    def _destroyed(self, _: ev.VmDestroyed, now_s: float) -> Sequence[Command]:
+        self.state = D.ABORTED
+        self.outcome = Outcome.FAILED
+        return (ev.TellPeerFailed(self.error_code, self.error), ev.Publish(ended=True))
+
+    def _destroy_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        if event.command != ev.DestroyVm.__name__:
+            return ()
+        # The source is not told: it must not take a VM that may still exist for gone.
+        self.error = f"{self.error}; and the destination VM could not be removed: {event.message}"
+        self.state = D.ABORTED
+        self.outcome = Outcome.FAILED
+        return (ev.Publish(ended=True),)
+
+    # --- trouble around the commit ---------------------------------------------------------------
+
+    def _swap_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        self._swap_unanswered = True
+        self._swap_asked_s = now_s
+        return ()
+
+    def _tick_committing(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._swap_under_way or now_s - self._swap_asked_s < SWAP_RETRY_S:
+            return ()
+        self._swap_under_way = True
+        self._swap_asked_s = now_s
+        return (ev.SwapToDestination(),)
+
+    def _tick_revoking(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._swap_under_way or now_s - self._swap_asked_s < SWAP_RETRY_S:
+            return ()
+        self._swap_under_way = True
+        self._swap_asked_s = now_s
+        return (ev.SwapToSource(),)
+
+    def _revoked(self, _: ev.SwapWon, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        return self._give_up(self.error_code, self.error)
+
+    def _revoke_lost(self, event: ev.SwapLost, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        if event.owner == self.migration.destination:
+            return self._commit_won(event, now_s)
+        return self._give_up(self.error_code, self.error)
+
+    def _qemu_died_committing(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
+        self._qemu_died = True
+        return ()
+
+    def _resume_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        if event.command != ev.ResumeVm.__name__:
+            return ()
+        self._resume_attempts += 1
+        if self._resume_attempts < RESUME_ATTEMPTS:
+            self._resume_due_s = now_s + SWAP_RETRY_S
+            return ()
+        return self._vm_lost(ev.QemuDied(f"it would not resume: {event.message}"), now_s)
+
+    def _tick_resuming(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._resume_due_s is None or now_s < self._resume_due_s:
+            return ()
+        self._resume_due_s = None
+        return (ev.ResumeVm(),)
+
+    def _vm_lost(self, event: ev.QemuDied, now_s: float) -> Sequence[Command]:
+        self._fail("vmm", f"the destination's QEMU died after the commit: {event.message}")
+        self._vm_is_lost = True
+        self.state = D.DONE
+        self.outcome = Outcome.FAILED
+        return (ev.Publish(ended=True),)
+
+    # --- time ------------------------------------------------------------------------------------
+
+    def _heard(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._heard_s = now_s
+        return ()
+
+    def _migration_known(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        if event.going_on:
+            return ()
+        return self._give_up("aborted", "the migration was given up before the source connected")
+
+    def _tick_waiting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        limit_s = self.migration.options.wait_limit_s
+        if now_s - self._waiting_since_s > limit_s:
+            return self._give_up(
+                "timed-out", f"source host {self.migration.source} did not come within {limit_s:g} s"
+            )
+        if now_s - self._asked_s < ASK_AGAIN_S:
+            return ()
+        self._asked_s = now_s
+        return (ev.AskController(),)
+
+    def _tick_silence(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        limit_s = self.migration.options.peer_silence_limit_s
+        if now_s - self._heard_s <= limit_s:
+            return ()
+        return self._give_up(
+            "timed-out", f"source host {self.migration.source} said nothing for {limit_s:g} s"
+        )
+
+    def _tick_running(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._finished_alone(event, now_s) if now_s - self._heard_s > FINISH_LIMIT_S else ()
+
+    def _fail(self, code: str, message: str) -> None:
+        self.error_code, self.error = code, message

@@ -1,0 +1,589 @@
+"""The source's half of a migration, without I/O.
+
+While the register says that the source owns the VM, only the source may run it. Up to the state
+`STATE` the destination cannot commit, because it has not been given the device state: every failure
+before that lets the VM go on at once. From `STATE` on the destination may win the register at any
+moment, so the source, paused, decides nothing by itself: it swaps `(source, e) -> (source, e + 1)`, and goes
+on only when that swap is known to have been made, or when the destination says that it gave up for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import ClassVar
+
+from transhume.migration import events as ev
+from transhume.migration.machine import Command, Event, Machine, Rule, ignored
+from transhume.migration.policy import Choice, Decision, decide
+from transhume.model.migration import (
+    DowntimeReport,
+    Engine,
+    IterationReport,
+    Migration,
+    MigrationReport,
+    Outcome,
+    Phase,
+)
+from transhume.model.vm import PAGE_BYTES
+
+SWAP_RETRY_S = 0.5
+"""How long the source waits, paused, before it asks the register again."""
+
+RESUME_ATTEMPTS = 5
+FINISH_LIMIT_S = 10.0
+"""After the commit: how long the source waits to hear that the destination runs before it frees the VM."""
+
+CONNECT_LIMIT_S = 15.0
+
+
+class SourceState(StrEnum):
+    """Where the source stands."""
+
+    STARTING = "starting"
+    CONNECTING = "connecting"
+    ARMING = "arming"
+    PRECOPY = "precopy"
+    SUSPENDING = "suspending"
+    LAST_PAGES = "last-pages"
+    STATE = "state"
+    AWAITING_COMMIT = "awaiting-commit"
+    RESOLVING = "resolving"
+    RESUMING = "resuming"
+    COMMITTED = "committed"
+    RETIRING = "retiring"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+PHASES: dict[SourceState, Phase] = {
+    SourceState.STARTING: Phase.REQUESTED,
+    SourceState.CONNECTING: Phase.PREPARED,
+    SourceState.ARMING: Phase.PREPARED,
+    SourceState.PRECOPY: Phase.PRECOPY,
+    SourceState.SUSPENDING: Phase.SUSPENDED,
+    SourceState.LAST_PAGES: Phase.SUSPENDED,
+    SourceState.STATE: Phase.SUSPENDED,
+    SourceState.AWAITING_COMMIT: Phase.STATE_SENT,
+    SourceState.RESOLVING: Phase.STATE_SENT,
+    SourceState.RESUMING: Phase.ABORTED,
+    SourceState.COMMITTED: Phase.COMMITTED,
+    SourceState.RETIRING: Phase.RUNNING_AT_DESTINATION,
+    SourceState.DONE: Phase.DONE,
+    SourceState.ABORTED: Phase.ABORTED,
+}
+
+S = SourceState
+DESTINATION_MAY_COMMIT = frozenset({S.STATE, S.AWAITING_COMMIT, S.RESOLVING})
+
+_TROUBLE: dict[type[Event], Rule[StrEnum]] = {
+    ev.LinkLost: Rule("_give_up_link", (S.RESUMING,)),
+    ev.PeerFailed: Rule("_give_up_peer", (S.RESUMING,)),
+    ev.CommandFailed: Rule("_give_up_command", (S.RESUMING,)),
+    ev.CancelRequested: Rule("_give_up_cancel", (S.RESUMING,)),
+    ev.QemuDied: Rule("_vm_lost", (S.ABORTED,)),
+    ev.PeerHeard: Rule("_heard", ()),
+}
+"""Before the destination may commit: every trouble ends with the VM going on at the source."""
+
+_LATE = ignored(
+    ev.Connected, ev.Armed, ev.PassEnded, ev.VmPaused, ev.LastPagesSent, ev.StateSent, ev.PeerHeard
+)
+"""Echoes of work that was given up."""
+
+_UNDECIDED: dict[type[Event], Rule[StrEnum]] = {
+    ev.LinkLost: Rule("_resolve_link", (S.RESOLVING,)),
+    ev.CommandFailed: Rule("_resolve_command", (S.RESOLVING,)),
+    ev.CancelRequested: Rule("_resolve_cancel", (S.RESOLVING,)),
+    ev.PeerFailed: Rule("_give_up_peer", (S.RESUMING,)),
+    ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
+    ev.PeerRunning: Rule("_running", (S.RETIRING,)),
+    ev.QemuDied: Rule("_qemu_died_undecided", ()),
+    ev.PeerHeard: Rule("_heard", ()),
+}
+"""While the destination may commit: only the register decides."""
+
+
+class SourceMachine(Machine[SourceState]):
+    """One migration, seen from the host that runs the VM at its begin."""
+
+    table: ClassVar = {
+        S.STARTING: {
+            ev.Started: Rule("_started", (S.CONNECTING,)),
+            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING)),
+            ev.Tick: Rule("", ()),
+            ev.CancelRequested: Rule("_give_up_cancel", (S.RESUMING,)),
+            ev.CommandFailed: Rule("_give_up_command", (S.RESUMING,)),
+            ev.QemuDied: Rule("_vm_lost", (S.ABORTED,)),
+        },
+        S.CONNECTING: {
+            **_TROUBLE,
+            ev.Connected: Rule("_connected", (S.ARMING,)),
+            ev.Tick: Rule("_tick_connecting", (S.RESUMING,)),
+        },
+        S.ARMING: {
+            **_TROUBLE,
+            ev.Armed: Rule("_armed", (S.PRECOPY,)),
+            ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
+        },
+        S.PRECOPY: {
+            **_TROUBLE,
+            ev.PassEnded: Rule("_pass_ended", (S.SUSPENDING, S.RESUMING)),
+            ev.VmPaused: Rule("_native_paused", (S.LAST_PAGES,)),
+            ev.Tick: Rule("_tick_precopy", (S.RESUMING,)),
+        },
+        S.SUSPENDING: {
+            **_TROUBLE,
+            ev.VmPaused: Rule("_paused", (S.LAST_PAGES,)),
+            ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
+        },
+        S.LAST_PAGES: {
+            **_TROUBLE,
+            ev.LastPagesSent: Rule("_last_pages_sent", (S.STATE,)),
+            ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
+        },
+        S.STATE: {
+            **_UNDECIDED,
+            ev.StateSent: Rule("_state_sent", (S.AWAITING_COMMIT,)),
+            ev.Tick: Rule("_tick_undecided", (S.RESOLVING,)),
+        },
+        S.AWAITING_COMMIT: {
+            **_UNDECIDED,
+            ev.Tick: Rule("_tick_undecided", (S.RESOLVING,)),
+        },
+        S.RESOLVING: {
+            **_LATE,
+            ev.SwapWon: Rule("_abort_won", (S.RESUMING,)),
+            ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RETIRING)),
+            ev.SwapUnknown: Rule("_abort_unknown", ()),
+            ev.SwapRefused: Rule("_abort_unknown", ()),
+            ev.PeerFailed: Rule("_peer_gave_up_while_resolving", (S.RESUMING,)),
+            ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
+            ev.PeerRunning: Rule("_running", (S.RETIRING,)),
+            ev.Tick: Rule("_tick_resolving", ()),
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
+            **ignored(ev.LinkLost, ev.CommandFailed, ev.CancelRequested),
+        },
+        S.RESUMING: {
+            **_LATE,
+            ev.VmResumed: Rule("_resumed", (S.ABORTED,)),
+            ev.CommandFailed: Rule("_resume_failed", (S.ABORTED,)),
+            ev.QemuDied: Rule("_vm_lost", (S.ABORTED,)),
+            ev.Tick: Rule("_tick_resuming", ()),
+            **ignored(
+                ev.LinkLost,
+                ev.PeerFailed,
+                ev.CancelRequested,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+            ),
+        },
+        S.COMMITTED: {
+            ev.PeerRunning: Rule("_running", (S.RETIRING,)),
+            ev.LinkLost: Rule("_retire", (S.RETIRING,)),
+            ev.Tick: Rule("_tick_committed", (S.RETIRING,)),
+            **ignored(
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.CommandFailed,
+                ev.QemuDied,
+                ev.PeerCommitted,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+                ev.PeerFailed,
+                ev.StateSent,
+            ),
+        },
+        S.RETIRING: {
+            ev.VmRetired: Rule("_retired", (S.DONE,)),
+            ev.CommandFailed: Rule("_retire_failed", (S.DONE,)),
+            ev.PeerRunning: Rule("_late_running", ()),
+            **ignored(
+                ev.Tick,
+                ev.LinkLost,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.QemuDied,
+                ev.PeerCommitted,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+                ev.PeerFailed,
+                ev.StateSent,
+            ),
+        },
+        S.DONE: {},
+        S.ABORTED: {},
+    }
+    final: ClassVar = frozenset({S.DONE, S.ABORTED})
+
+    def __init__(self, migration: Migration, ram_bytes: int, now_s: float) -> None:
+        super().__init__(S.STARTING)
+        self.migration = migration
+        self.ram_bytes = ram_bytes
+        self.outcome = Outcome.RUNNING
+        self.error_code = ""
+        self.error = ""
+        self.passes: list[ev.PassResult] = []
+        self.last_decision: Decision | None = None
+        self.state_bytes = 0
+        self.switch_reason = ""
+        self._converged: bool | None = None
+        self._predicted_downtime_s: float | None = None
+        self._last_pages: ev.PassResult | None = None
+        self._started_s = now_s
+        self._heard_s = now_s
+        self._switchover_cost_s = 0.0
+        self._pausing_s: float | None = None
+        self._marks_s: dict[str, float] = {}
+        self._downtime = DowntimeReport()
+        self._swap_under_way = False
+        self._asked_register_s = now_s
+        self._interrupting = False
+        self._resume_attempts = 0
+        self._resume_due_s: float | None = None
+        self._vm_died = False
+        self._lost_everywhere = False
+
+    # --- what others may ask ---------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """The patent's step that this state belongs to."""
+        return PHASES[self.state]
+
+    @property
+    def past_point_of_no_return(self) -> bool:
+        """Whether the VM is known to be the destination's."""
+        return self.state in (S.COMMITTED, S.RETIRING, S.DONE)
+
+    @property
+    def runs_at(self) -> str:
+        """Where the VM runs, in words; never a guess."""
+        if self._lost_everywhere:
+            return f"nowhere: {self.error}"
+        if self.past_point_of_no_return:
+            return f"destination host {self.migration.destination}"
+        if self.state in DESTINATION_MAY_COMMIT:
+            return (
+                "nowhere for the moment: paused at the switchover"
+                if self.state is not S.RESOLVING
+                else "unknown until the register answers; paused at the source meanwhile"
+            )
+        return f"source host {self.migration.source}"
+
+    def report(self, now_s: float) -> MigrationReport:
+        """What was measured so far."""
+        iterations = [
+            IterationReport(
+                index=result.index,
+                pages=result.pages,
+                zero_pages=result.zero_pages,
+                wire_bytes=result.wire_bytes,
+                duration_ms=result.duration_s * 1000,
+                dirty_pages_after=result.dirty_pages_after,
+            )
+            for result in self.passes
+        ]
+        if self._last_pages is not None:
+            last = self._last_pages
+            iterations.append(
+                IterationReport(
+                    index=last.index,
+                    pages=last.pages,
+                    zero_pages=last.zero_pages,
+                    wire_bytes=last.wire_bytes,
+                    duration_ms=last.duration_s * 1000,
+                    dirty_pages_after=0,
+                    suspended=True,
+                )
+            )
+        predicted_s = self._predicted_downtime_s
+        return MigrationReport(
+            iterations=tuple(iterations),
+            downtime=self._downtime,
+            predicted_downtime_ms=None if predicted_s is None else predicted_s * 1000,
+            wire_bytes=sum(entry.wire_bytes for entry in iterations) + self.state_bytes,
+            ram_bytes=self.ram_bytes,
+            state_bytes=self.state_bytes,
+            total_ms=(now_s - self._started_s) * 1000,
+            converged=self._converged,
+            switch_reason=self.switch_reason,
+        )
+
+    # --- the way there ---------------------------------------------------------------------------
+
+    def _started(self, _: ev.Started, now_s: float) -> Sequence[Command]:
+        self.state = S.CONNECTING
+        self._heard_s = now_s
+        return (ev.ConnectPeer(),)
+
+    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
+        """A successor cannot go on with the pre-copy: the tracker's state died with its predecessor."""
+        self._fail(Outcome.FAILED, "mover-died", "the source's mover died; its successor ended the migration")
+        if event.state_may_be_sent:
+            return self._ask_register(now_s)
+        return self._go_on()
+
+    def _connected(self, _: ev.Connected, now_s: float) -> Sequence[Command]:
+        self.state = S.ARMING
+        self._heard_s = now_s
+        return (ev.ArmTracking(), ev.Publish())
+
+    def _armed(self, event: ev.Armed, now_s: float) -> Sequence[Command]:
+        self.state = S.PRECOPY
+        self._switchover_cost_s = event.switchover_cost_s
+        if self.migration.options.engine is Engine.QEMU:
+            return (ev.RunNative(), ev.Publish())
+        return (ev.SendPass(0), ev.Publish())
+
+    def _pass_ended(self, event: ev.PassEnded, now_s: float) -> Sequence[Command]:
+        self.passes.append(event.result)
+        decision = decide(
+            self.passes,
+            self.migration.options,
+            self.ram_bytes // PAGE_BYTES,
+            self._switchover_cost_s,
+            now_s - self._started_s,
+        )
+        self.last_decision = decision
+        self._predicted_downtime_s = decision.predicted_downtime_s
+        if decision.choice is Choice.ABORT:
+            return self._abort(Outcome.FAILED, "deadline", decision.reason)
+        if decision.choice is Choice.SWITCH:
+            self.switch_reason = decision.reason
+            self._converged = decision.converged
+            self.state = S.SUSPENDING
+            self._pausing_s = now_s
+            return (ev.PauseVm(), ev.Publish())
+        return (ev.SendPass(event.result.index + 1),)
+
+    def _native_paused(self, _: ev.VmPaused, now_s: float) -> Sequence[Command]:
+        self.state = S.LAST_PAGES
+        self._pausing_s = now_s
+        self._marks_s["paused"] = now_s
+        self.switch_reason = "QEMU's engine found the rest small enough"
+        return (ev.Publish(),)
+
+    def _paused(self, _: ev.VmPaused, now_s: float) -> Sequence[Command]:
+        assert self._pausing_s is not None
+        self.state = S.LAST_PAGES
+        self._marks_s["paused"] = now_s
+        self._downtime = self._downtime.model_copy(update={"stop_ms": (now_s - self._pausing_s) * 1000})
+        return (ev.SendLastPages(),)
+
+    def _last_pages_sent(self, event: ev.LastPagesSent, now_s: float) -> Sequence[Command]:
+        self.state = S.STATE
+        self._last_pages = event.result
+        self._marks_s["last-pages"] = now_s
+        last_pages_s = now_s - self._marks_s["paused"] - event.verify_s
+        self._downtime = self._downtime.model_copy(
+            update={"last_pages_ms": last_pages_s * 1000, "verify_ms": event.verify_s * 1000}
+        )
+        return (ev.SendState(),)
+
+    def _state_sent(self, event: ev.StateSent, now_s: float) -> Sequence[Command]:
+        self.state = S.AWAITING_COMMIT
+        self.state_bytes = event.state_bytes
+        self._heard_s = now_s
+        self._downtime = self._downtime.model_copy(
+            update={"state_out_ms": (now_s - self._marks_s["last-pages"]) * 1000}
+        )
+        return ()
+
+    def _committed(self, _: ev.PeerCommitted, now_s: float) -> Sequence[Command]:
+        self.state = S.COMMITTED
+        self._heard_s = now_s
+        self._clear_failure()
+        return ()
+
+    def _running(self, event: ev.PeerRunning, now_s: float) -> Sequence[Command]:
+        self._late_running(event, now_s)
+        self._clear_failure()
+        self.state = S.RETIRING
+        return (ev.Publish(), ev.RetireVm())
+
+    def _late_running(self, event: ev.PeerRunning, now_s: float) -> Sequence[Command]:
+        downtime_s = 0.0 if self._pausing_s is None else now_s - self._pausing_s
+        self._downtime = self._downtime.model_copy(
+            update={
+                "load_ms": event.load_s * 1000,
+                "commit_ms": event.commit_s * 1000,
+                "resume_ms": event.resume_s * 1000,
+                "total_ms": downtime_s * 1000,
+            }
+        )
+        return ()
+
+    def _retire(self, _: Event, now_s: float) -> Sequence[Command]:
+        self.state = S.RETIRING
+        return (ev.StopWork(), ev.Publish(), ev.RetireVm())
+
+    def _retired(self, _: ev.VmRetired, now_s: float) -> Sequence[Command]:
+        self.state = S.DONE
+        self.outcome = Outcome.COMPLETED
+        return (ev.TellPeerFinished(), ev.Publish(ended=True))
+
+    def _retire_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        if event.command != ev.RetireVm.__name__:
+            return ()
+        self.error = f"the source could not free the VM: {event.message}"
+        return self._retired(ev.VmRetired(), now_s)
+
+    # --- trouble before the destination may commit -----------------------------------------------
+
+    def _give_up_link(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        return self._abort(Outcome.FAILED, event.code, event.message)
+
+    def _give_up_peer(self, event: ev.PeerFailed, now_s: float) -> Sequence[Command]:
+        return self._abort(Outcome.FAILED, event.code, f"the destination gave up: {event.message}")
+
+    def _give_up_command(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        return self._abort(Outcome.FAILED, event.code, event.message)
+
+    def _give_up_cancel(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        return self._abort(Outcome.CANCELLED, "cancelled", "cancelled before the switchover")
+
+    def _abort(self, outcome: Outcome, code: str, message: str) -> Sequence[Command]:
+        self._fail(outcome, code, message)
+        return self._go_on()
+
+    def _go_on(self) -> Sequence[Command]:
+        self.state = S.RESUMING
+        return (ev.StopWork(), ev.ResumeVm(), ev.TellPeerAborted(self.error))
+
+    def _resumed(self, _: ev.VmResumed, now_s: float) -> Sequence[Command]:
+        self.state = S.ABORTED
+        return (ev.Publish(ended=True),)
+
+    def _resume_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        if event.command != ev.ResumeVm.__name__:
+            return ()
+        self._resume_attempts += 1
+        if self._resume_attempts < RESUME_ATTEMPTS:
+            self._resume_due_s = now_s + SWAP_RETRY_S
+            return ()
+        self.error = f"{self.error}; and the source's QEMU would not go on: {event.message}"
+        self._lost_everywhere = True
+        self.state = S.ABORTED
+        return (ev.Publish(ended=True),)
+
+    def _tick_resuming(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._resume_due_s is None or now_s < self._resume_due_s:
+            return ()
+        self._resume_due_s = None
+        return (ev.ResumeVm(),)
+
+    def _vm_lost(self, event: ev.QemuDied, now_s: float) -> Sequence[Command]:
+        self._fail(Outcome.FAILED, "vmm", f"the source's QEMU died: {event.message}")
+        self._lost_everywhere = True
+        self.state = S.ABORTED
+        return (ev.StopWork(), ev.TellPeerAborted(self.error), ev.Publish(ended=True))
+
+    # --- trouble while the destination may commit: the register decides --------------------------
+
+    def _resolve_link(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        self._fail(Outcome.FAILED, event.code, event.message)
+        return self._ask_register(now_s)
+
+    def _resolve_command(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        self._fail(Outcome.FAILED, event.code, event.message)
+        return self._ask_register(now_s)
+
+    def _resolve_cancel(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        self._fail(Outcome.CANCELLED, "cancelled", "cancelled at the switchover")
+        return self._ask_register(now_s)
+
+    def _ask_register(self, now_s: float) -> Sequence[Command]:
+        self.state = S.RESOLVING
+        self._swap_under_way = True
+        self._asked_register_s = now_s
+        return (ev.SwapToSource(), ev.Publish())
+
+    def _abort_won(self, _: ev.SwapWon, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        if self._vm_died:
+            return self._vm_lost(ev.QemuDied("it ended during the switchover"), now_s)
+        return self._go_on()
+
+    def _abort_lost(self, event: ev.SwapLost, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        if event.owner == self.migration.source:
+            # An earlier swap of ours was made although its answer was lost, or the destination's
+            # successor made it for us: either way no commit can follow in this epoch.
+            return self._abort_won(ev.SwapWon(), now_s)
+        self._clear_failure()
+        return self._retire(event, now_s)
+
+    def _abort_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        self._asked_register_s = now_s
+        return ()
+
+    def _peer_gave_up_while_resolving(self, event: ev.PeerFailed, now_s: float) -> Sequence[Command]:
+        """The destination cannot commit any more, so the VM need not wait for the register."""
+        return self._abort_won(ev.SwapWon(), now_s)
+
+    def _tick_resolving(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._swap_under_way or now_s - self._asked_register_s < SWAP_RETRY_S:
+            return ()
+        self._swap_under_way = True
+        self._asked_register_s = now_s
+        return (ev.SwapToSource(),)
+
+    def _qemu_died_undecided(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
+        """The destination may have all it needs: only if it does not commit is the VM lost."""
+        self._vm_died = True
+        return ()
+
+    # --- time ------------------------------------------------------------------------------------
+
+    def _heard(self, _: ev.PeerHeard, now_s: float) -> Sequence[Command]:
+        self._heard_s = now_s
+        return ()
+
+    def _silent(self, now_s: float) -> bool:
+        return now_s - self._heard_s > self.migration.options.peer_silence_limit_s
+
+    def _silence(self) -> ev.LinkLost:
+        limit_s = self.migration.options.peer_silence_limit_s
+        return ev.LinkLost("timed-out", f"host {self.migration.destination} said nothing for {limit_s:g} s")
+
+    def _tick_connecting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if now_s - self._heard_s <= CONNECT_LIMIT_S:
+            return ()
+        message = f"no connection to host {self.migration.destination} within {CONNECT_LIMIT_S:g} s"
+        return self._abort(Outcome.FAILED, "timed-out", message)
+
+    def _tick_silence(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._give_up_link(self._silence(), now_s) if self._silent(now_s) else ()
+
+    def _tick_precopy(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._silent(now_s):
+            return self._give_up_link(self._silence(), now_s)
+        options = self.migration.options
+        if now_s - self._started_s < options.deadline_s or self._interrupting:
+            return ()
+        if options.engine is Engine.QEMU or options.on_deadline == "abort":
+            return self._abort(
+                Outcome.FAILED, "deadline", "the deadline passed before the migration converged"
+            )
+        self._interrupting = True
+        return (ev.InterruptPass(),)
+
+    def _tick_undecided(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._resolve_link(self._silence(), now_s) if self._silent(now_s) else ()
+
+    def _tick_committed(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._retire(event, now_s) if now_s - self._heard_s > FINISH_LIMIT_S else ()
+
+    def _fail(self, outcome: Outcome, code: str, message: str) -> None:
+        self.outcome, self.error_code, self.error = outcome, code, message
+
+    def _clear_failure(self) -> None:
+        self.outcome, self.error_code, self.error = Outcome.RUNNING, "", ""
