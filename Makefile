@@ -1,0 +1,34 @@
+# One entry for each thing that one does with this tree. Everything that runs code sets up first; when
+# nothing changed since, that takes no time.
+
+PYTHON := .venv/bin/python
+
+.PHONY: help setup demo test check bench simulate
+
+help:
+	@echo "make demo               set up, then move a running VM between two hosts and back, by each engine"
+	@echo "make test [ARGS=...]    set up, then run the tests (ARGS go to pytest)"
+	@echo "make check              set up, then lint, check the formatting and the types"
+	@echo "make bench [ONLY=...]   set up, then measure both engines (ONLY: one group of figures)"
+	@echo "make simulate [ARGS=..] set up, then run the simulated farm from many seeds"
+	@echo "make setup              install what is missing, and .venv/bin/transhume"
+
+setup:
+	@scripts/setup $(MAKECMDGOALS)
+
+demo: setup
+	.venv/bin/transhume demo
+
+test: setup
+	$(PYTHON) -m pytest $(ARGS)
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: setup
+	$(PYTHON) -m transhume.bench $(if $(ONLY),--only $(ONLY))
+
+simulate: setup
+	$(PYTHON) -m transhume.sim $(ARGS)
