@@ -8,16 +8,20 @@ part of the guest's machine.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 
-from transhume.model.vm import Accel, RamBlock, VmSpec
+from transhume.model.errors import Refused
+from transhume.model.vm import Accel, Disk, Display, RamBlock, VmSpec
 from transhume.vmm.paths import VmPaths
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 
 VGA_MEMORY_MIB = 8
 """The frame buffer's size. It travels with the device state, so more of it would lengthen the downtime."""
+
+VGA_SLOT = 1
 
 FIRST_DISK_SLOT = 4
 """Disk i sits in this slot of the PCI bus plus i: lower slots are for the display and what may come."""
@@ -51,4 +55,146 @@ def build_command(
 
     Raises `Refused` when the specification is not resolved (machine type, accelerator) or impossible.
     """
-    raise NotImplementedError
+    _check(spec, paths)
+    blocks = ram_blocks(spec)
+    assert len(ram_fds) == len(blocks), "one memfd for each RAM block"
+    command = [binary, "-name", f"guest={spec.name},debug-threads=on"]
+    command += ["-nodefaults", "-no-user-config", "-msg", "timestamp=on", "-sandbox", SANDBOX]
+    command += _machine(spec)
+    command += _memory(spec, blocks, ram_fds)
+    command += _boot(spec)
+    command += _display(spec, paths)
+    for index, disk in enumerate(spec.disks):
+        command += _disk(index, disk)
+    command += _sockets(paths)
+    if incoming:
+        command += ["-incoming", "defer", "-S"]
+    return command
+
+
+def _check(spec: VmSpec, paths: VmPaths) -> None:
+    paths.check_lengths()
+    if spec.accel is Accel.AUTO or not spec.machine_type:
+        raise Refused(
+            f"VM {spec.name} has no {'accelerator' if spec.accel is Accel.AUTO else 'machine type'} yet: "
+            "the host must fill in what the specification leaves open before the VM starts"
+        )
+    if len(spec.disks) > DISKS_MAX:
+        raise Refused(
+            f"VM {spec.name} has {len(spec.disks)} disks and there is room for {DISKS_MAX}: remove some"
+        )
+    if (spec.initrd or spec.append) and not spec.kernel:
+        raise Refused(f"VM {spec.name} has an initrd or a kernel command line, but no kernel: name one too")
+
+
+def _machine(spec: VmSpec) -> list[str]:
+    """The board without its built-in SATA and SMBus controllers and its SMM, which no guest here uses.
+
+    What is not there is not in the device state either: this shortens the downtime.
+    """
+    sockets = spec.numa_nodes if spec.cpus % spec.numa_nodes == 0 else spec.cpus
+    cores = spec.cpus // sockets
+    machine = f"type={spec.machine_type},sata=off,smbus=off,smm=off,dump-guest-core=off"
+    if spec.numa_nodes == 1:
+        machine += ",memory-backend=ram0"
+    return [
+        *("-machine", machine),
+        *("-accel", spec.accel.value),
+        *("-cpu", spec.cpu_model or CPU_MODELS[spec.accel]),
+        *("-smp", f"cpus={spec.cpus},maxcpus={spec.cpus},sockets={sockets},cores={cores},threads=1"),
+        *("-uuid", str(uuid.uuid5(_UUID_SPACE, spec.name))),
+    ]
+
+
+def _memory(spec: VmSpec, blocks: Sequence[RamBlock], ram_fds: Sequence[int]) -> list[str]:
+    """RAM in files, not in QEMU's own memfd backend: newer QEMUs leave only files out of their stream."""
+    arguments = ["-m", f"size={spec.memory_bytes >> 20}M"]
+    for block, fd in zip(blocks, ram_fds, strict=True):
+        backend = f"memory-backend-file,id={block.name},size={block.size_bytes},share=on"
+        arguments += ["-object", f"{backend},mem-path=/proc/self/fd/{fd}"]
+    if len(blocks) > 1:
+        for block, cpus in zip(blocks, _cpus_of_nodes(spec), strict=True):
+            arguments += ["-numa", f"node,nodeid={block.index},memdev={block.name}{cpus}"]
+    return arguments
+
+
+def _cpus_of_nodes(spec: VmSpec) -> list[str]:
+    """Which vCPUs belong to each NUMA node, as QEMU writes it; nothing for a node without any."""
+    first = 0
+    nodes = []
+    for node in range(spec.numa_nodes):
+        share = spec.cpus // spec.numa_nodes + (node < spec.cpus % spec.numa_nodes)
+        nodes.append(f",cpus={first}-{first + share - 1}" if share else "")
+        first += share
+    return nodes
+
+
+def _boot(spec: VmSpec) -> list[str]:
+    arguments = []
+    if spec.kernel:
+        arguments += ["-kernel", spec.kernel]
+    if spec.initrd:
+        arguments += ["-initrd", spec.initrd]
+    if spec.append:
+        arguments += ["-append", spec.append]
+    return arguments
+
+
+def _display(spec: VmSpec, paths: VmPaths) -> list[str]:
+    if spec.display is Display.NONE:
+        return ["-display", "none"]
+    return [
+        *("-vnc", f"unix:{_escaped(paths.vnc_socket)}"),
+        *("-device", f"VGA,id=vga0,vgamem_mb={VGA_MEMORY_MIB},bus=pcie.0,addr={VGA_SLOT:#x}"),
+    ]
+
+
+def _disk(index: int, disk: Disk) -> list[str]:
+    """A virtio disk on a format node on a protocol node.
+
+    `drop-cache` makes the new owner of a shared image forget what it cached before it became the owner.
+    Errors stop the guest instead of reaching it: storage that comes back is no reason for a guest to
+    remount its root read-only.
+    """
+    cache = {"direct": disk.cache_direct, "no-flush": False}
+    protocol = {
+        "driver": "host_device" if disk.path.startswith("/dev/") else "file",
+        "node-name": f"disk{index}-file",
+        "filename": disk.path,
+        "cache": cache,
+        "drop-cache": True,
+        "read-only": disk.read_only,
+    }
+    image = {
+        "driver": disk.format,
+        "node-name": f"disk{index}-image",
+        "file": f"disk{index}-file",
+        "cache": cache,
+        "read-only": disk.read_only,
+    }
+    device = f"virtio-blk-pci,id=disk{index},drive=disk{index}-image,serial=disk{index},bootindex={index + 1}"
+    address = f"bus=pcie.0,addr={FIRST_DISK_SLOT + index:#x}"
+    return [
+        *("-blockdev", json.dumps(protocol)),
+        *("-blockdev", json.dumps(image)),
+        *("-device", f"{device},{address},rerror=stop,werror=stop"),
+    ]
+
+
+def _sockets(paths: VmPaths) -> list[str]:
+    serial = f"socket,id=serial0,path={_escaped(paths.serial_socket)},server=on,wait=off"
+    arguments = [
+        *("-chardev", f"{serial},logfile={_escaped(paths.serial_log)},logappend=on"),
+        *("-serial", "chardev:serial0"),
+    ]
+    for name, path in (("qmp0", paths.qmp_socket), ("qmp1", paths.mover_qmp_socket)):
+        arguments += [
+            *("-chardev", f"socket,id={name},path={_escaped(path)},server=on,wait=off"),
+            *("-mon", f"chardev={name},mode=control"),
+        ]
+    return arguments
+
+
+def _escaped(path: object) -> str:
+    """A path inside an option list: QEMU takes a doubled comma for one comma."""
+    return str(path).replace(",", ",,")

@@ -7,13 +7,19 @@ process's start time and the machine's boot id make it unique.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from transhume.model.vm import VmSpec
-from transhume.vmm.monitor import Monitor
+from transhume.model.errors import TimedOut, VmmError
 from transhume.vmm.paths import VmPaths
+
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
 class RunRecord(BaseModel):
@@ -28,8 +34,8 @@ class RunRecord(BaseModel):
     pid: int
     start_time_ticks: int
     boot_id: str
-    qemu_version: str
-    ram_fds: tuple[int, ...]
+    qemu_version: str = ""
+    ram_fds: tuple[int, ...] = ()
     incoming: bool = False
 
 
@@ -43,54 +49,133 @@ class QemuProcess:
         self.record = record
         self._pidfd = pidfd
 
+    @classmethod
+    def open(cls, record: RunRecord) -> QemuProcess | None:
+        """Take hold of the process that `record` names; None when it has ended."""
+        if boot_id() != record.boot_id:
+            return None
+        try:
+            pidfd = os.pidfd_open(record.pid)
+        except ProcessLookupError:
+            return None
+        process = cls(record, pidfd)
+        # Looked up after the pidfd was opened: from here on the number cannot pass to another process.
+        if start_time_ticks(record.pid) == record.start_time_ticks:
+            return process
+        process.close()
+        return None
+
     @property
     def pid(self) -> int:
         return self.record.pid
 
     @property
     def alive(self) -> bool:
-        raise NotImplementedError
+        """Whether it runs; a zombie does not."""
+        self._reap()
+        return start_time_ticks(self.pid) == self.record.start_time_ticks
 
-    async def wait(self) -> None:
-        """Return when the process has ended; reap it if it is a child of ours."""
-        raise NotImplementedError
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Return when the process has ended, reaped if it was our child. `TimedOut` after `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        # One number can be watched once only: each waiter has a duplicate.
+        watched = os.dup(self._pidfd)
+        loop.add_reader(watched, ended.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await ended.wait()
+        except TimeoutError:
+            raise TimedOut(f"QEMU (process {self.pid}) has not ended within {timeout_s:g} s") from None
+        finally:
+            loop.remove_reader(watched)
+            os.close(watched)
+        self._reap()
 
     async def kill(self) -> None:
         """End the process at once (SIGKILL) and wait until it is gone. Does nothing when it is dead."""
-        raise NotImplementedError
+        self.send_kill()
+        await self.wait()
+
+    def send_kill(self) -> None:
+        """SIGKILL without waiting, for the way out of a program. Does nothing when it is dead."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Let go of the process without ending it."""
-        raise NotImplementedError
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._pidfd = -1
+
+    def _reap(self) -> None:
+        """Take the exit status of a child, so that no zombie stays; other processes are not ours to reap."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
 
 
-@dataclass(frozen=True)
-class Launched:
-    """A QEMU that has started: the process, and the daemon's monitor, connected."""
-
-    process: QemuProcess
-    monitor: Monitor
+def boot_id() -> str:
+    """Which boot of this machine this is."""
+    return BOOT_ID_FILE.read_text().strip()
 
 
-async def launch(
-    spec: VmSpec, paths: VmPaths, *, vm_user: str, incoming: bool = False, deadline_s: float = 20.0
-) -> Launched:
-    """Start QEMU for a resolved `spec` in the folder `paths` and connect to its monitor.
+def start_time_ticks(pid: int) -> int | None:
+    """When the process `pid` started, in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field is the program's name in brackets and may itself hold blanks and brackets.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    state, started = fields[0], fields[19]
+    return None if state in (b"Z", b"X") else int(started)
 
-    Makes the folder and the memfds, starts QEMU as `vm_user`, waits until its monitor answers and
-    writes `run.json`. Without `incoming` the guest runs; with it QEMU waits, paused, for device state.
 
-    Raises `VmmError`, quoting QEMU's last words, when QEMU dies or does not answer within `deadline_s`;
-    nothing is left running then.
-    """
-    raise NotImplementedError
+def save_record(paths: VmPaths, record: RunRecord) -> None:
+    """Write `run.json`: whole or not at all, also when the machine dies meanwhile."""
+    descriptor, name = tempfile.mkstemp(prefix=".run-", dir=paths.directory)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(record.model_dump_json())
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(paths.run_file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_record(paths: VmPaths) -> RunRecord | None:
+    """What `run.json` says; None when there is none. `VmmError` when it cannot be trusted or read."""
+    try:
+        descriptor = os.open(paths.run_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise VmmError(f"{paths.run_file} cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor) as file:
+        # QEMU may make files in this folder: one that it made tells nothing.
+        if os.fstat(descriptor).st_uid != os.geteuid():
+            raise VmmError(f"{paths.run_file} was not written by this daemon: remove it if no QEMU runs")
+        try:
+            return RunRecord.model_validate_json(file.read())
+        except ValidationError as error:
+            raise VmmError(f"{paths.run_file} is damaged: remove it if no QEMU runs") from error
 
 
 def find_running(paths: VmPaths) -> QemuProcess | None:
     """The QEMU process that `run.json` names, or None when it is not running any more."""
-    raise NotImplementedError
+    record = read_record(paths)
+    return None if record is None else QemuProcess.open(record)
 
 
 def forget(paths: VmPaths) -> None:
     """Remove `run.json` and the sockets of a QEMU that has ended. Logs stay."""
-    raise NotImplementedError
+    for path in (
+        paths.run_file,
+        paths.qmp_socket,
+        paths.mover_qmp_socket,
+        paths.serial_socket,
+        paths.vnc_socket,
+    ):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,192 @@
+"""Starting QEMU: its memory, its rights, its first words."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import grp
+import os
+import pwd
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transhume.model.errors import Refused, VmmError
+from transhume.model.vm import RamBlock, VmSpec
+from transhume.vmm.command_line import DEFAULT_BINARY, build_command, ram_blocks
+from transhume.vmm.monitor import Monitor
+from transhume.vmm.paths import VmPaths, make_vm_dir
+from transhume.vmm.process import QemuProcess, RunRecord, boot_id, forget, save_record, start_time_ticks
+from transhume.vmm.qmp import Qmp
+
+LAST_WORDS_LINES = 8
+
+OPEN_FILES_MAX = 8192
+
+_RAM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A QEMU that has started: the process, and the daemon's monitor, connected."""
+
+    process: QemuProcess
+    monitor: Monitor
+
+
+async def launch(
+    spec: VmSpec,
+    paths: VmPaths,
+    *,
+    vm_user: str,
+    incoming: bool = False,
+    deadline_s: float = 20.0,
+    binary: str = DEFAULT_BINARY,
+) -> Launched:
+    """Start QEMU for a resolved `spec` in the folder `paths` and connect to its monitor.
+
+    Makes the folder and the memfds, starts QEMU as `vm_user`, waits until its monitor answers and
+    writes `run.json`. Without `incoming` the guest runs; with it QEMU waits, paused, for device state.
+
+    Raises `VmmError`, quoting QEMU's last words, when QEMU dies or does not answer within `deadline_s`;
+    nothing is left running then.
+    """
+    make_vm_dir(paths, vm_user)
+    forget(paths)
+    said_before_bytes = paths.qemu_log.stat().st_size if paths.qemu_log.exists() else 0
+    process = _spawn(spec, paths, vm_user, incoming, binary)
+    try:
+        monitor = await _connect(process, paths, spec, deadline_s, said_before_bytes)
+        record = process.record.model_copy(update={"qemu_version": monitor.version})
+        process.record = record
+        save_record(paths, record)
+    except BaseException:
+        process.send_kill()
+        await process.wait()
+        process.close()
+        forget(paths)
+        raise
+    return Launched(process, monitor)
+
+
+def create_ram(blocks: Sequence[RamBlock]) -> list[int]:
+    """Memfds for the RAM blocks, of a size that nobody can change: a QEMU gone bad could otherwise cut the
+    memory away under those who read it.
+    """
+    fds: list[int] = []
+    try:
+        for block in blocks:
+            fd = os.memfd_create(f"transhume-{block.name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fds.append(fd)
+            os.ftruncate(fd, block.size_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _RAM_SEALS)
+    except OSError as error:
+        _close_all(fds)
+        raise VmmError(f"no memory for the guest's RAM: {error.strerror}") from error
+    return fds
+
+
+def user_rights(vm_user: str) -> tuple[int, int, list[int]]:
+    """User, group and further groups that QEMU gets: `kvm`, where that group exists, and nothing else."""
+    try:
+        entry = pwd.getpwnam(vm_user)
+    except KeyError:
+        raise Refused(f"there is no user {vm_user} for QEMU to run as: run the set-up again") from None
+    try:
+        further = [grp.getgrnam("kvm").gr_gid]
+    except KeyError:
+        further = []
+    return entry.pw_uid, entry.pw_gid, further
+
+
+def last_words(paths: VmPaths, from_byte: int = 0) -> str:
+    """The end of what QEMU said in its log after position `from_byte`, on one line."""
+    try:
+        with paths.qemu_log.open("rb") as log:
+            log.seek(from_byte)
+            lines = log.read().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        lines = []
+    said = [line.strip() for line in lines if line.strip()]
+    return "; ".join(said[-LAST_WORDS_LINES:]) or "nothing"
+
+
+def _spawn(spec: VmSpec, paths: VmPaths, vm_user: str, incoming: bool, binary: str) -> QemuProcess:
+    """Start the program; whether it lives, its monitor tells later."""
+    uid, gid, further = user_rights(vm_user)
+    program = shutil.which(binary)
+    if program is None:
+        raise VmmError(f"{binary} is not installed on this host: install QEMU for x86 systems")
+    fds = create_ram(ram_blocks(spec))
+    try:
+        command = build_command(spec, paths, fds, incoming=incoming, binary=program)
+        with paths.qemu_log.open("ab") as log:
+            child = subprocess.Popen(
+                [*_limits(), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=fds,
+                cwd="/",
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "HOME": "/"},
+                start_new_session=True,
+                user=uid,
+                group=gid,
+                extra_groups=further,
+                umask=0o077,
+            )
+    except OSError as error:
+        raise VmmError(f"{binary} cannot be started: {error.strerror}") from error
+    finally:
+        _close_all(fds)
+    pidfd = os.pidfd_open(child.pid)
+    started = start_time_ticks(child.pid) or 0
+    # From here on the pidfd stands for the process, and the library's object must not wait for it.
+    child.returncode = 0
+    record = RunRecord(
+        pid=child.pid, start_time_ticks=started, boot_id=boot_id(), ram_fds=tuple(fds), incoming=incoming
+    )
+    return QemuProcess(record, pidfd)
+
+
+def _limits() -> list[str]:
+    """No core dumps (they would hold the guest's memory), and no more open files than a large VM needs.
+
+    A program of util-linux sets them between the change of user and QEMU: setting the limits of another
+    process from outside takes a capability that root does not have everywhere.
+    """
+    open_files = min(OPEN_FILES_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    return ["/usr/bin/prlimit", "--core=0", f"--nofile={open_files}", "--"]
+
+
+async def _connect(
+    process: QemuProcess, paths: VmPaths, spec: VmSpec, deadline_s: float, said_before_bytes: int
+) -> Monitor:
+    """The first connection to the monitor, or the reason why there will be none."""
+    began_s = time.monotonic()
+    connecting = asyncio.create_task(Qmp.connect(paths.qmp_socket, deadline_s))
+    death = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait((connecting, death), return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            raise VmmError(
+                f"VM {spec.name}: QEMU ended after {time.monotonic() - began_s:.1f} s, "
+                f"before it could be used; it said: {last_words(paths, said_before_bytes)}"
+            )
+        try:
+            return Monitor(connecting.result())
+        except VmmError as error:
+            said = last_words(paths, said_before_bytes)
+            raise VmmError(f"VM {spec.name}: {error.message}; QEMU said: {said}") from error
+    finally:
+        for task in (connecting, death):
+            task.cancel()
+        await asyncio.gather(connecting, death, return_exceptions=True)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
