@@ -1,0 +1,202 @@
+"""userfaultfd: the kernel's interface to page faults, obtained inside QEMU's address space.
+
+A userfaultfd is bound to the address space of the process that creates it, so QEMU must create it.
+QEMU runs without privileges, where userfaultfd(2) is refused: root opens /dev/userfaultfd, the caller
+hands that descriptor to QEMU (QMP `add-fd`), and one injected `ioctl(USERFAULTFD_IOC_NEW)` makes the
+userfaultfd there. This process fetches a duplicate with pidfd_getfd and can do everything else from
+outside. QEMU keeps its own descriptor open for ever: were the last one closed with pages missing,
+reads would return zeros. A later mover finds it with `find_existing`.
+
+An asyncio caller does it in steps: `open_device` here, hand over, `create_in_process` in a worker
+thread, take the device back, then `Userfaultfd.enable`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+
+from transhume.memory.inject import inject_syscall
+from transhume.memory.syscalls import CLOSE, IOCTL, fetch_fd
+from transhume.model.errors import KernelError, VmmError
+
+DEVICE = "/dev/userfaultfd"
+
+FEATURE_MISSING_SHMEM = 1 << 5
+FEATURE_THREAD_ID = 1 << 8
+FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+FEATURE_WP_UNPOPULATED = 1 << 13
+FEATURE_WP_ASYNC = 1 << 15
+FEATURES = (
+    FEATURE_MISSING_SHMEM
+    | FEATURE_THREAD_ID
+    | FEATURE_WP_HUGETLBFS_SHMEM
+    | FEATURE_WP_UNPOPULATED
+    | FEATURE_WP_ASYNC
+)
+"""Always all of them: the handshake happens once in the life of a userfaultfd, which outlives us."""
+
+REGISTER_MISSING = 1
+REGISTER_WP = 2
+
+_IOC_NEW = 0xAA00
+_API = 0xC018AA3F
+_REGISTER = 0xC020AA00
+_UNREGISTER = 0x8010AA01
+_WRITEPROTECT = 0xC018AA06
+_API_VERSION = 0xAA
+_PROTECT_STEP_BYTES = 1 << 30
+
+
+class Userfaultfd:
+    """A duplicate, in this process, of a userfaultfd of another one.
+
+    Addresses are those of the other process. Closing it leaves the other process's descriptor open.
+    Calls may come from any thread. The ioctls raise `VmmError` when the process is gone and
+    `KernelError` for every other refusal.
+    """
+
+    def __init__(self, fd: int, owner: str = "QEMU") -> None:
+        self.fd = fd
+        self._owner = owner
+
+    def enable(self) -> None:
+        """Agree on the version and `FEATURES` with the kernel; harmless when that was done before."""
+        try:
+            self._ioctl(_API, struct.pack("QQQ", _API_VERSION, FEATURES, 0))
+        except OSError as error:
+            # EINVAL is also the kernel's answer for an unknown feature, so ask it on a fresh one.
+            if error.errno != errno.EINVAL or not kernel_has(FEATURES):
+                raise KernelError(
+                    "The kernel's userfaultfd lacks asynchronous write protection "
+                    f"({error.strerror}). Boot Linux 6.7 or newer."
+                ) from None
+
+    def register(self, address: int, length_bytes: int, modes: int) -> None:
+        """Watch a mapping: `REGISTER_WP`, `REGISTER_MISSING` or both. Again is allowed."""
+        try:
+            self._ioctl(_REGISTER, struct.pack("QQQQ", address, length_bytes, modes, 0))
+        except OSError as error:
+            raise self._failure("watch", address, length_bytes, error) from None
+
+    def unregister(self, address: int, length_bytes: int) -> None:
+        """End watching; protected pages become writable again. Harmless when nothing is watched."""
+        try:
+            self._ioctl(_UNREGISTER, struct.pack("QQ", address, length_bytes))
+        except OSError as error:
+            raise self._failure("stop watching", address, length_bytes, error) from None
+
+    def write_protect(self, address: int, length_bytes: int) -> None:
+        """Protect every page of a watched range, present or not, so that the next write is noticed."""
+        for start in range(address, address + length_bytes, _PROTECT_STEP_BYTES):
+            step_bytes = min(_PROTECT_STEP_BYTES, address + length_bytes - start)
+            self._write_protect_step(start, step_bytes)
+
+    def _write_protect_step(self, address: int, length_bytes: int) -> None:
+        while True:
+            try:
+                self._ioctl(_WRITEPROTECT, struct.pack("QQQ", address, length_bytes, 1))
+            except BlockingIOError:
+                continue  # the address space was just changing: the kernel asks to call again
+            except OSError as error:
+                raise self._failure("write-protect", address, length_bytes, error) from None
+            return
+
+    def close(self) -> None:
+        """Give up this process's duplicate."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _ioctl(self, request: int, argument: bytes) -> None:
+        fcntl.ioctl(self.fd, request, bytearray(argument))
+
+    def _failure(self, verb: str, address: int, length_bytes: int, error: OSError) -> KernelError | VmmError:
+        if error.errno == errno.ESRCH:
+            return VmmError(f"{self._owner} ended while its memory was tracked.")
+        return KernelError(
+            f"The kernel refused to {verb} {length_bytes >> 20} MiB of {self._owner} at {address:#x}: "
+            f"{error.strerror}."
+        )
+
+
+def open_device() -> int:
+    """A descriptor of /dev/userfaultfd for the caller to hand to QEMU and to close."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(
+            f"{DEVICE} does not open: {error.strerror}. It needs root and Linux 6.1 or newer."
+        ) from None
+
+
+def create_in_process(pid: int, device_fd_number_in_process: int) -> Userfaultfd:
+    """Make a userfaultfd in process `pid`, whose descriptor of that number is /dev/userfaultfd.
+
+    Returns it enabled. Raises `VmmError` when the process is gone, `KernelError` for a refusal; the
+    process then holds no new descriptor. Blocks for about a millisecond: call it from a worker thread.
+    """
+    number = inject_syscall(pid, IOCTL, device_fd_number_in_process, _IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+    if number < 0:
+        raise KernelError(f"Process {pid} could not create a userfaultfd: {os.strerror(-number)}.")
+    try:
+        uffd = Userfaultfd(fetch_fd(pid, number), f"process {pid}")
+    except ProcessLookupError:
+        raise VmmError(f"Process {pid} ended while a userfaultfd was fetched from it.") from None
+    except OSError as error:
+        inject_syscall(pid, CLOSE, number)
+        raise KernelError(
+            f"The userfaultfd of process {pid} cannot be fetched: {error.strerror}. Run as root."
+        ) from None
+    try:
+        uffd.enable()
+    except KernelError:
+        uffd.close()
+        inject_syscall(pid, CLOSE, number)
+        raise
+    return uffd
+
+
+def find_existing(pid: int) -> Userfaultfd | None:
+    """The userfaultfd that an earlier mover left in process `pid`, enabled; None when there is none."""
+    try:
+        numbers = sorted(int(name) for name in os.listdir(f"/proc/{pid}/fd"))
+    except FileNotFoundError:
+        raise VmmError(f"Process {pid} does not run.") from None
+    for number in numbers:
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == "anon_inode:[userfaultfd]":
+                uffd = Userfaultfd(_fetch(pid, number), f"process {pid}")
+                uffd.enable()
+                return uffd
+    return None
+
+
+def kernel_has(features: int) -> bool:
+    """Whether the running kernel grants all these features to a fresh userfaultfd of this process."""
+    device = open_device()
+    try:
+        fd = fcntl.ioctl(device, _IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+    finally:
+        os.close(device)
+    try:
+        fcntl.ioctl(fd, _API, bytearray(struct.pack("QQQ", _API_VERSION, features, 0)))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _fetch(pid: int, number: int) -> int:
+    try:
+        return fetch_fd(pid, number)
+    except ProcessLookupError:
+        raise VmmError(f"Process {pid} does not run.") from None
+    except OSError as error:
+        raise KernelError(
+            f"The userfaultfd of process {pid} cannot be fetched: {error.strerror}. Run as root."
+        ) from None

@@ -1,0 +1,485 @@
+"""The protocol between the two movers of one migration: the codec, without I/O.
+
+One TCP connection carries one migration. The source connects, the destination speaks first::
+
+    source                                   destination
+       |  <------------------ CHALLENGE  nonce, oldest and newest version spoken
+       |  HELLO ------------------------>  version, who, proof of the key, RAM blocks, nonce
+       |  <-------------------- WELCOME  proof of the key
+       |
+       |  PAGES, ZERO ... -------------->  one iteration over the memory
+       |  PASS_END --------------------->  its number and totals
+       |  <------------------- PASS_ACK  everything up to here is in the destination's RAM
+       |      ... again until the pre-copy ends; then the VM is suspended ...
+       |  PAGES, ZERO ... -------------->
+       |  LAST_PAGES_END --------------->  totals, a digest of each RAM block if asked for
+       |  <------------- PAGES_VERIFIED  the destination's RAM equals the source's
+       |  STATE ... STATE_END ---------->  QEMU's device state, its length and hash
+       |  <--------------- STATE_LOADED  QEMU has taken it; the VM could be resumed
+       |  <------------------ COMMITTED  the register names the destination: no way back
+       |  <-------------------- RUNNING  vCPUs run at the destination
+       |  FINISHED --------------------->  the source has let go of the VM
+
+At any time: PING from the source, answered by PONG; ABORT from the source; FAILED from the destination.
+Who closes without one of the last three is a lost host to the other end.
+
+Every frame is a header of 28 bytes, little-endian, and a payload:
+
+    offset size
+     0     4   magic "Tshm"
+     4     2   version of the protocol
+     6     1   type; 0 is invalid, so that zeroed memory never parses
+     7     1   flags; none is defined: zero
+     8     2   RAM block index (PAGES, ZERO), else zero
+    10     2   zero
+    12     4   number of runs (PAGES, ZERO), else zero
+    16     8   length of the payload in bytes
+    24     4   CRC-32 of the 24 bytes before
+
+The payload of PAGES is the table of runs (u32 first page, u32 number of pages; sorted, disjoint) and
+then the content of these pages in that order; that of ZERO is such a table alone: these pages are all
+zeros. The payload of STATE is raw bytes. Every other payload is a JSON object of at most 64 KiB.
+
+The header's layout and the CHALLENGE never change, so that two ends of any versions can name them
+both when they cannot talk. The source chooses the newest version that both speak.
+
+The key is a one-time secret that the destination's daemon gave to the source's through the controller.
+Each end proves that it has it by HMAC-SHA256 over the other's nonce, the migration's id and the
+connection's role; later versions may add connections with other roles.
+
+This module holds no state but `Decoder`, and raises `PeerProtocolError` for whatever it does not allow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import ClassVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from transhume.memory import runs as page_runs
+from transhume.memory.runs import Runs
+from transhume.model.errors import PeerProtocolError, Unauthorized
+from transhume.model.vm import PAGE_BYTES, RamBlock
+
+VERSION = 1
+OLDEST_VERSION = 1
+
+HEADER_BYTES = 28
+MAX_CONTROL_BYTES = 64 << 10
+MAX_STATE_CHUNK_BYTES = 1 << 20
+MAX_STATE_BYTES = 1 << 30
+MAX_RUNS = 4096
+MAX_PAGES = 4096
+"""The most page content in one PAGES frame: 16 MiB. A ZERO frame may name any number of pages."""
+
+_MAGIC = b"Tshm"
+_HEADER = struct.Struct("<4sHBBHHIQ")
+_CRC = struct.Struct("<I")
+_RUN_BYTES = 8
+
+
+class FrameType(IntEnum):
+    """What a frame is. Numbers below 32 come from the source, the others from the destination."""
+
+    INVALID = 0
+    HELLO = 1
+    PAGES = 2
+    ZERO = 3
+    PASS_END = 4
+    LAST_PAGES_END = 5
+    STATE = 6
+    STATE_END = 7
+    PING = 8
+    ABORT = 9
+    FINISHED = 10
+    CHALLENGE = 32
+    WELCOME = 33
+    PASS_ACK = 34
+    PAGES_VERIFIED = 35
+    STATE_LOADED = 36
+    COMMITTED = 37
+    RUNNING = 38
+    FAILED = 39
+    PONG = 40
+
+    @property
+    def from_source(self) -> bool:
+        return self < FrameType.CHALLENGE
+
+
+class Role(StrEnum):
+    """What a connection is for."""
+
+    MAIN = "main"
+
+
+class End(StrEnum):
+    """The two ends of a connection."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+@dataclass(frozen=True)
+class Header:
+    """A valid header. `run_count` and `block_index` are zero for types other than PAGES and ZERO."""
+
+    type: FrameType
+    payload_bytes: int
+    block_index: int = 0
+    run_count: int = 0
+    version: int = VERSION
+
+    @property
+    def table_bytes(self) -> int:
+        """The length of the table of runs at the payload's begin."""
+        return self.run_count * _RUN_BYTES
+
+
+class Message(BaseModel):
+    """A frame with a JSON body. Its fields are checked strictly and unknown ones refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    frame_type: ClassVar[FrameType] = FrameType.INVALID
+
+
+_HEX_32_BYTES = r"^[0-9a-f]{64}$"
+_Count = Field(ge=0, lt=1 << 63)
+
+
+class Challenge(Message):
+    """The destination's first word. `nonce` is 32 random bytes in hex."""
+
+    frame_type = FrameType.CHALLENGE
+    nonce: str = Field(pattern=_HEX_32_BYTES)
+    oldest_version: int = Field(ge=1, lt=1 << 16)
+    newest_version: int = Field(ge=1, lt=1 << 16)
+
+
+class Hello(Message):
+    """The source names itself and the VM's RAM. `proof` answers the challenge, `nonce` is a new one."""
+
+    frame_type = FrameType.HELLO
+    migration: str = Field(min_length=1, max_length=128)
+    role: Role
+    source: str = Field(max_length=128)
+    proof: str = Field(pattern=_HEX_32_BYTES)
+    nonce: str = Field(pattern=_HEX_32_BYTES)
+    page_bytes: int = PAGE_BYTES
+    ram_blocks: tuple[RamBlock, ...] = Field(max_length=64)
+
+
+class Welcome(Message):
+    """The destination accepts. `proof` answers the nonce of HELLO."""
+
+    frame_type = FrameType.WELCOME
+    proof: str = Field(pattern=_HEX_32_BYTES)
+    destination: str = Field(max_length=128)
+
+
+class PassEnd(Message):
+    """An iteration is sent. The totals count this iteration alone, so that the other end can compare."""
+
+    frame_type = FrameType.PASS_END
+    iteration: int = _Count
+    pages: int = _Count
+    zero_pages: int = _Count
+
+
+class PassAck(Message):
+    """Everything of the iteration is in the destination's RAM."""
+
+    frame_type = FrameType.PASS_ACK
+    iteration: int = _Count
+
+
+class LastPagesEnd(Message):
+    """The pages that were dirty at the suspension are sent. `digests`: one for each block, or none."""
+
+    frame_type = FrameType.LAST_PAGES_END
+    pages: int = _Count
+    zero_pages: int = _Count
+    digests: tuple[str, ...] = Field(default=(), max_length=64)
+
+
+class PagesVerified(Message):
+    """All of the VM's RAM has come; where digests were sent, they are equal. `verify_ms` is their cost."""
+
+    frame_type = FrameType.PAGES_VERIFIED
+    verify_ms: float = Field(default=0.0, ge=0)
+
+
+class StateEnd(Message):
+    """The device state is sent: its length and the SHA-256 (hex) of all of it."""
+
+    frame_type = FrameType.STATE_END
+    length_bytes: int = Field(ge=0, le=MAX_STATE_BYTES)
+    sha256: str = Field(pattern=_HEX_32_BYTES)
+
+
+class StateLoaded(Message):
+    """The destination's QEMU has taken the device state. After it nothing but the swap is missing."""
+
+    frame_type = FrameType.STATE_LOADED
+    load_ms: float = Field(ge=0)
+
+
+class Committed(Message):
+    """The register names the destination since this `epoch`: the source must never resume the VM."""
+
+    frame_type = FrameType.COMMITTED
+    epoch: int = _Count
+    commit_ms: float = Field(ge=0)
+
+
+class Running(Message):
+    """The vCPUs run at the destination."""
+
+    frame_type = FrameType.RUNNING
+    resume_ms: float = Field(ge=0)
+
+
+class Failed(Message):
+    """The destination gives up. `definitive`: it will never run the VM, whatever the register says later."""
+
+    frame_type = FrameType.FAILED
+    code: str = Field(max_length=64)
+    message: str = Field(max_length=16 << 10)
+    definitive: bool
+
+
+class Ping(Message):
+    """The source is alive. PONG repeats the `token`."""
+
+    frame_type = FrameType.PING
+    token: int = _Count
+
+
+class Pong(Message):
+    """The destination is alive, and has taken everything that was sent before the PING."""
+
+    frame_type = FrameType.PONG
+    token: int = _Count
+
+
+class Abort(Message):
+    """The source gives up, and keeps the VM."""
+
+    frame_type = FrameType.ABORT
+    reason: str = Field(max_length=16 << 10)
+
+
+class Finished(Message):
+    """The source has let go of the VM: nothing is needed from it any more."""
+
+    frame_type = FrameType.FINISHED
+
+
+_MESSAGES: dict[FrameType, type[Message]] = {
+    each.frame_type: each
+    for each in (
+        Challenge,
+        Hello,
+        Welcome,
+        PassEnd,
+        PassAck,
+        LastPagesEnd,
+        PagesVerified,
+        StateEnd,
+        StateLoaded,
+        Committed,
+        Running,
+        Failed,
+        Ping,
+        Pong,
+        Abort,
+        Finished,
+    )
+}
+
+
+def encode_message(message: Message, version: int = VERSION) -> bytes:
+    """A whole frame: header and JSON body. Raises `PeerProtocolError` when the body is too large."""
+    body = message.model_dump_json().encode()
+    if len(body) > MAX_CONTROL_BYTES:
+        raise PeerProtocolError(
+            f"A {message.frame_type.name} frame of {len(body)} bytes is over the limit, {MAX_CONTROL_BYTES}."
+        )
+    return _encode_header(message.frame_type, len(body), version=version) + body
+
+
+def encode_pages(block_index: int, runs: Runs, version: int = VERSION) -> bytes:
+    """The begin of a PAGES frame: header and table. The content of the pages must follow, in order."""
+    pages = page_runs.page_count(runs)
+    assert 0 < len(runs) <= MAX_RUNS
+    assert pages <= MAX_PAGES
+    table = runs.astype("<u4").tobytes()
+    length = len(table) + pages * PAGE_BYTES
+    return _encode_header(FrameType.PAGES, length, block_index, len(runs), version) + table
+
+
+def encode_zero(block_index: int, runs: Runs, version: int = VERSION) -> bytes:
+    """A whole ZERO frame."""
+    assert 0 < len(runs) <= MAX_RUNS
+    table = runs.astype("<u4").tobytes()
+    return _encode_header(FrameType.ZERO, len(table), block_index, len(runs), version) + table
+
+
+def encode_state_header(chunk_bytes: int, version: int = VERSION) -> bytes:
+    """The header of a STATE frame; the chunk must follow."""
+    assert 0 < chunk_bytes <= MAX_STATE_CHUNK_BYTES
+    return _encode_header(FrameType.STATE, chunk_bytes, version=version)
+
+
+def choose_version(challenge: Challenge) -> int:
+    """The newest version that both ends speak. Raises `PeerProtocolError` naming both when none is."""
+    newest = min(challenge.newest_version, VERSION)
+    if newest < max(challenge.oldest_version, OLDEST_VERSION):
+        raise PeerProtocolError(
+            f"The destination speaks versions {challenge.oldest_version} to {challenge.newest_version} of "
+            f"the migration protocol, this host {OLDEST_VERSION} to {VERSION}. Upgrade the older one."
+        )
+    return newest
+
+
+def prove(key: bytes, prover: End, nonce: str, migration: str, role: Role) -> str:
+    """The answer (hex) to the other end's nonce. It names its prover, so that it cannot be sent back."""
+    text = "\0".join(("transhume", prover.value, nonce, migration, role.value))
+    return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
+
+
+def check_proof(proof: str, key: bytes, prover: End, nonce: str, migration: str, role: Role) -> None:
+    """Raise `Unauthorized` unless the proof is the one that the key's holder would give."""
+    if not hmac.compare_digest(proof, prove(key, prover, nonce, migration, role)):
+        raise Unauthorized(
+            f"The {prover.value} of migration {migration} does not have its key. "
+            "Somebody else may be connected to its port."
+        )
+
+
+def check_ram_blocks(sent: Sequence[RamBlock], present: Sequence[RamBlock]) -> None:
+    """Raise `PeerProtocolError` unless the source's RAM blocks are exactly those of the destination."""
+    if tuple(sent) != tuple(present):
+        raise PeerProtocolError(
+            f"The source's RAM is {_describe(sent)}, the destination's {_describe(present)}. "
+            "Both ends must build the VM from the same specification."
+        )
+
+
+class Decoder:
+    """Decodes what one peer sends, for one connection.
+
+    `peer` says which end that is: frames of the other direction are refused. `version` is the one agreed
+    on; until the caller sets it (from HELLO's header, or by `choose_version`) all that we speak pass.
+    `block_pages` holds the number of pages of each RAM block; PAGES and ZERO are refused while it is empty.
+    """
+
+    def __init__(self, peer: End, block_pages: Sequence[int] = (), version: int | None = None) -> None:
+        self.peer = peer
+        self.block_pages = tuple(block_pages)
+        self.version = version
+
+    def header(self, data: bytes | bytearray | memoryview) -> Header:
+        """Decode `HEADER_BYTES` bytes and check everything that can be known without the payload."""
+        if len(data) != HEADER_BYTES:
+            raise PeerProtocolError(f"A frame's header has {HEADER_BYTES} bytes, not {len(data)}.")
+        magic, version, number, flags, block, reserved, run_count, length = _HEADER.unpack_from(data)
+        if magic != _MAGIC:
+            raise PeerProtocolError(f"The {self.peer.value} sent {magic!r} where a frame begins.")
+        if _CRC.unpack_from(data, _HEADER.size)[0] != zlib.crc32(data[: _HEADER.size]):
+            raise PeerProtocolError(f"The {self.peer.value} sent a frame whose header is damaged.")
+        if number != FrameType.CHALLENGE:
+            self._check_version(version)
+        try:
+            kind = FrameType(number)
+        except ValueError:
+            raise PeerProtocolError(f"The {self.peer.value} sent a frame of unknown type {number}.") from None
+        header = Header(kind, length, block, run_count, version)
+        if flags or reserved:
+            raise _wrong(header, "has flags that this version does not define")
+        self._check_header(header)
+        return header
+
+    def message(self, header: Header, body: bytes | bytearray | memoryview) -> Message:
+        """Decode the JSON body of a control frame."""
+        kind = _MESSAGES.get(header.type)
+        if kind is None or len(body) != header.payload_bytes:
+            raise _wrong(header, f"has a body of {len(body)} bytes")
+        try:
+            return kind.model_validate_json(bytes(body))
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "its body"
+            raise _wrong(header, f"is malformed: {where}: {first['msg']}") from None
+
+    def runs(self, header: Header, table: bytes | bytearray | memoryview) -> Runs:
+        """Decode the table of runs of a PAGES or ZERO frame; all of them lie inside the block."""
+        if len(table) != header.table_bytes:
+            raise _wrong(header, f"has a table of {len(table)} bytes for {header.run_count} runs")
+        runs = np.frombuffer(table, dtype="<u4").astype(np.int64).reshape(-1, 2)
+        reason = page_runs.fault(runs, self.block_pages[header.block_index])
+        if reason:
+            raise _wrong(header, f"for RAM block {header.block_index} is wrong: {reason}")
+        content_bytes = page_runs.page_count(runs) * PAGE_BYTES if header.type is FrameType.PAGES else 0
+        if header.payload_bytes != header.table_bytes + content_bytes:
+            raise _wrong(header, f"has {header.payload_bytes} bytes, which do not match its runs")
+        return runs
+
+    def _check_version(self, version: int) -> None:
+        if self.version is None and not OLDEST_VERSION <= version <= VERSION:
+            raise PeerProtocolError(
+                f"The {self.peer.value} speaks version {version} of the migration protocol, this host "
+                f"{OLDEST_VERSION} to {VERSION}. Upgrade the older one."
+            )
+        if self.version is not None and version != self.version:
+            raise PeerProtocolError(
+                f"The {self.peer.value} sent a frame of version {version} of the migration protocol, "
+                f"but version {self.version} was agreed on."
+            )
+
+    def _check_header(self, header: Header) -> None:
+        kind, length = header.type, header.payload_bytes
+        if kind is FrameType.INVALID or kind.from_source != (self.peer is End.SOURCE):
+            raise _wrong(header, f"must not come from the {self.peer.value}")
+        if kind in (FrameType.PAGES, FrameType.ZERO):
+            self._check_runs_header(header)
+        elif header.block_index or header.run_count:
+            raise _wrong(header, "names a RAM block or runs")
+        elif kind is FrameType.STATE:
+            if not 0 < length <= MAX_STATE_CHUNK_BYTES:
+                raise _wrong(header, f"of {length} bytes is empty or over the limit, {MAX_STATE_CHUNK_BYTES}")
+        elif length > MAX_CONTROL_BYTES:
+            raise _wrong(header, f"of {length} bytes is over the limit, {MAX_CONTROL_BYTES}")
+
+    def _check_runs_header(self, header: Header) -> None:
+        if header.block_index >= len(self.block_pages):
+            raise _wrong(header, f"is for RAM block {header.block_index} of {len(self.block_pages)}")
+        if not 0 < header.run_count <= MAX_RUNS:
+            raise _wrong(header, f"has {header.run_count} runs, where 1 to {MAX_RUNS} are allowed")
+        pages, rest = divmod(header.payload_bytes - header.table_bytes, PAGE_BYTES)
+        wanted = range(header.run_count, MAX_PAGES + 1) if header.type is FrameType.PAGES else range(1)
+        if rest or pages not in wanted:
+            raise _wrong(header, f"has {header.payload_bytes} bytes, which do not match its runs")
+
+
+def _encode_header(
+    kind: FrameType, length_bytes: int, block_index: int = 0, run_count: int = 0, version: int = VERSION
+) -> bytes:
+    header = _HEADER.pack(_MAGIC, version, kind, 0, block_index, 0, run_count, length_bytes)
+    return header + _CRC.pack(zlib.crc32(header))
+
+
+def _wrong(header: Header, what: str) -> PeerProtocolError:
+    return PeerProtocolError(f"A {header.type.name} frame {what}.")
+
+
+def _describe(blocks: Sequence[RamBlock]) -> str:
+    return ", ".join(f"{each.index}: {each.name} ({each.size_bytes} bytes)" for each in blocks) or "nothing"
