@@ -1,0 +1,102 @@
+"""The controller: the farm's one place where it is decided which VM is where.
+
+It is composed of its concerns and adds nothing of its own: `members` (hosts), `vms`, `migrations`, and the
+register. To hosts and movers it is a `ControllerLink`; the API calls the concerns directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+
+from transhume.farm.events import EventLog
+from transhume.farm.limits import Limits
+from transhume.farm.members import Links, Members
+from transhume.farm.migrations import Migrations
+from transhume.farm.ownership import OwnershipRegister
+from transhume.farm.records import FarmRecords
+from transhume.farm.vms import Vms
+from transhume.host.config import HostConfig
+from transhume.model.errors import TranshumeError
+from transhume.model.host import HostInventory
+from transhume.model.migration import Migration
+from transhume.model.orders import MigrationUpdate, SwapReply
+from transhume.model.vm import Ownership, VmState
+from transhume.store.interface import Store
+
+log = logging.getLogger(__name__)
+
+
+def random_id() -> str:
+    """Short, because it is part of socket paths; the store makes sure that it is new."""
+    return f"m{secrets.token_hex(4)}"
+
+
+class Controller:
+    """Satisfies `ControllerLink`. Call `start` before anything else and `close` at the end.
+
+    `links` makes the way to a host; `own` is the config of the host that carries the controller. The store
+    stays open after `close`: whoever opened it closes it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        links: Links,
+        own: HostConfig,
+        clock_s: Callable[[], float] = time.time,
+        new_id: Callable[[], str] = random_id,
+        limits: Limits | None = None,
+    ) -> None:
+        self._limits = limits or Limits()
+        records = FarmRecords(store)
+        self._register = OwnershipRegister(records)
+        # Numbers that begin with the clock in milliseconds go on rising after a restart.
+        self.events = EventLog(first_id=int(clock_s() * 1000) + 1)
+        self.members = Members(records, links, own, clock_s, self._limits)
+        self.vms = Vms(records, self.members, clock_s)
+        self.migrations = Migrations(
+            records, self.members, self.vms, self.events, clock_s, new_id, self._limits
+        )
+        self._sweeping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
+        await self.members.start()
+        await self.migrations.start()
+        self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
+
+    async def close(self) -> None:
+        """Stop watching and end all event streams. VMs and migrations go on."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+            self._sweeping = None
+        await self.migrations.close()
+        self.events.close()
+
+    async def ownership(self, vm: str) -> Ownership:
+        return await self._register.read(vm)
+
+    async def swap_ownership(self, vm: str, expected: Ownership, wanted: Ownership) -> SwapReply:
+        return await self._register.swap(vm, expected, wanted)
+
+    async def migration(self, migration: str) -> Migration:
+        return await self.migrations.get(migration)
+
+    async def report(self, update: MigrationUpdate) -> None:
+        await self.migrations.report(update)
+
+    async def heartbeat(self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]) -> None:
+        await self.members.heartbeat(host, inventory, vm_states)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.sweep_interval_s)
+            try:
+                await self.migrations.sweep()
+            except TranshumeError as error:
+                log.warning("could not look after the migrations: %s", error.message)

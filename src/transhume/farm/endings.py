@@ -1,0 +1,128 @@
+"""How a migration ends: one transaction that writes the outcome, frees the VM, and compares the register.
+
+The register alone tells the outcome: completed if and only if it holds `(destination, epoch + 1)`. A
+migration that failed while the register still holds `(source, epoch)` could be committed by a destination
+that has not heard of it, so the same transaction raises the epoch: from then on no commit of it can win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transhume.farm.members import Members
+from transhume.farm.merge import join_reports, merged
+from transhume.farm.records import FarmRecords, VmRecord, encode, migration_key, ownership_key, vm_key
+from transhume.model.errors import Conflict, NotFound
+from transhume.model.migration import Migration, Outcome, Phase
+from transhume.model.orders import MigrationUpdate
+from transhume.model.vm import Ownership, VmState
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What somebody says of the end. `update` is the report of a host, None when the controller gives up."""
+
+    outcome: Outcome
+    error_code: str = ""
+    error: str = ""
+    runs_at: str = ""
+    update: MigrationUpdate | None = None
+
+    @classmethod
+    def reported(cls, update: MigrationUpdate) -> Claim:
+        return cls(update.outcome, update.error_code, update.error, update.runs_at, update)
+
+
+class Endings:
+    """Ends migrations in the store."""
+
+    def __init__(self, records: FarmRecords, members: Members, clock_s: Callable[[], float]) -> None:
+        self._records = records
+        self._members = members
+        self._clock_s = clock_s
+
+    async def end(self, record: Migration, claim: Claim) -> Migration | None:
+        """End `record` (its newest state in memory) as the register and the claim have it.
+
+        Returns the ended record, or None when the controller wanted to give up what is committed already: it
+        goes on then. Raises `Conflict` when a host claims a completion that the register does not know, and
+        `StoreError`, after which the same call may be made again.
+        """
+        while True:
+            kept = await self._records.migration(record.id)
+            owner = await self._records.ownership(record.vm)
+            vm = await self._records.vm(record.vm)
+            if kept is None or owner is None:
+                raise NotFound(
+                    f"migration {record.id} or its VM {record.vm} is no longer in the farm's store"
+                )
+            if kept.record.outcome is not Outcome.RUNNING:
+                return kept.record
+            committed = owner.record == Ownership(owner=record.destination, epoch=record.epoch + 1)
+            if committed and claim.update is None:
+                return None
+            if claim.outcome is Outcome.COMPLETED and not committed:
+                raise Conflict(
+                    f"migration {record.id} is reported as completed, but the register gives VM "
+                    f"{record.vm} to {owner.record.owner} in epoch {owner.record.epoch}"
+                )
+            ended = self._ended(record, claim, committed)
+            compares = [kept.unchanged, owner.unchanged]
+            puts = {migration_key(record.id): encode(ended)}
+            if owner.record == Ownership(owner=record.source, epoch=record.epoch):
+                puts[ownership_key(record.vm)] = encode(
+                    Ownership(owner=record.source, epoch=record.epoch + 1)
+                )
+            if vm is not None and vm.record.migration == record.id:
+                compares.append(vm.unchanged)
+                puts[vm_key(record.vm)] = encode(_freed(vm.record))
+            if await self._records.store.transact(compares=compares, puts=puts) is not None:
+                self._note_states(ended)
+                return ended
+
+    async def add_late_report(self, update: MigrationUpdate) -> None:
+        """Join what the other end measured into a record that has ended. Changes nothing else."""
+        while update.report is not None:
+            kept = await self._records.migration(update.migration)
+            if kept is None:
+                return
+            report = join_reports(kept.record.report, update.report)
+            if report == kept.record.report:
+                return
+            record = kept.record.model_copy(update={"report": report})
+            done = await self._records.store.transact(
+                compares=[kept.unchanged], puts={kept.key: encode(record)}
+            )
+            if done is not None:
+                return
+
+    def _ended(self, record: Migration, claim: Claim, committed: bool) -> Migration:
+        joined = record if claim.update is None else merged(record, claim.update)
+        runs_at = claim.runs_at or (record.destination if committed else record.source)
+        error = claim.error
+        if not committed:
+            outcome, phase = claim.outcome, Phase.ABORTED
+            if error and runs_at not in error:
+                error = f"{error.rstrip('. ')}. VM {record.vm} runs on {runs_at}, where it was"
+        else:
+            outcome, phase = Outcome.COMPLETED, Phase.DONE
+        return joined.model_copy(
+            update={
+                "outcome": outcome,
+                "phase": phase,
+                "runs_at": runs_at,
+                "error": error,
+                "error_code": claim.error_code,
+                "ended_at_s": self._clock_s(),
+            }
+        )
+
+    def _note_states(self, ended: Migration) -> None:
+        if ended.outcome is Outcome.COMPLETED and not ended.error:
+            self._members.note_vm_state(ended.destination, ended.vm, VmState.RUNNING)
+            self._members.note_vm_state(ended.source, ended.vm, VmState.STOPPED)
+
+
+def _freed(vm: VmRecord) -> VmRecord:
+    return vm.model_copy(update={"migration": ""})

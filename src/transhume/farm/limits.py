@@ -1,0 +1,22 @@
+"""How long the controller waits for what. One record, so that a simulator or a test can shorten all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`silent_after_s`: a host that was not heard from for so long is shown as silent and gets no new VM.
+
+    `unclaimed_s`: a migration that no mover has reported on is given up after so long (the controller
+    restarted while it was being set up). `overdue_s`: one whose movers reported and then fell silent is
+    given up so long after its own deadline.
+    """
+
+    silent_after_s: float = 15.0
+    unclaimed_s: float = 60.0
+    overdue_s: float = 120.0
+    sweep_interval_s: float = 5.0
+    token_ttl_s: float = 3600.0
+    sample_s: float = 1.0

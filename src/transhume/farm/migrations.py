@@ -1,0 +1,369 @@
+"""Migrations as the controller sees them: asked for, set up, reported on, and ended by the register's word.
+
+The controller only introduces the two ends to each other (steps 1 to 4 of the patent's figure 3). From
+`begin` on the movers go on by themselves and report; the controller may die and come back meanwhile. What it
+never does is to decide by itself where a VM runs: every end is one transaction that compares the register.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+from transhume.farm.endings import Claim, Endings
+from transhume.farm.events import EventLog, MigrationEvent
+from transhume.farm.limits import Limits
+from transhume.farm.members import Members
+from transhume.farm.merge import merged
+from transhume.farm.prediction import dirty_rate_bytes_s, effective_rate_bytes_s, experience, predict
+from transhume.farm.records import FarmRecords, absent, encode, migration_key, vm_key
+from transhume.farm.survey import Survey, survey
+from transhume.farm.vms import Vms
+from transhume.model.errors import (
+    Conflict,
+    HostLost,
+    NotFound,
+    Refused,
+    StoreError,
+    TimedOut,
+    TranshumeError,
+)
+from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome, Phase
+from transhume.model.orders import BeginOrder, CancelReply, MigrationUpdate, PrepareOrder
+
+log = logging.getLogger(__name__)
+
+
+class Migrations:
+    """All migrations of the farm. Those under way are kept in memory too: progress is not worth an fsync."""
+
+    def __init__(
+        self,
+        records: FarmRecords,
+        members: Members,
+        vms: Vms,
+        events: EventLog,
+        clock_s: Callable[[], float],
+        new_id: Callable[[], str],
+        limits: Limits,
+    ) -> None:
+        self._records = records
+        self._members = members
+        self._vms = vms
+        self._events = events
+        self._clock_s = clock_s
+        self._new_id = new_id
+        self._limits = limits
+        self._endings = Endings(records, members, clock_s)
+        self._live: dict[str, Migration] = {}
+        self._heard_at_s: dict[str, float] = {}
+        self._setups: dict[str, asyncio.Task[None]] = {}
+        self._beginning: dict[str, asyncio.Lock] = {}
+        self._begun: set[str] = set()
+
+    async def start(self) -> None:
+        """Take up the migrations that an earlier controller left; their movers report by themselves."""
+        for kept in await self._records.migrations():
+            if kept.record.outcome is Outcome.RUNNING:
+                self._live[kept.record.id] = kept.record
+                self._heard_at_s[kept.record.id] = self._clock_s()
+                if kept.record.phase is not Phase.REQUESTED:
+                    self._begun.add(kept.record.id)
+
+    async def close(self) -> None:
+        """Stop setting up. Migrations under way go on; one half set up is given up after the next start."""
+        setups = list(self._setups.values())
+        for task in setups:
+            task.cancel()
+        await asyncio.gather(*setups, return_exceptions=True)
+
+    async def request(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
+        """Step 1: check, enter the migration in the store, and set it up in the background.
+
+        Raises `PreflightFailed` with all reasons, `Conflict` with the id of the migration that is under way,
+        `NotFound`, `HostLost`; nothing has changed then.
+        """
+        view = await self._vms.show(vm)
+        if view.migration:
+            raise _already_moving(vm, view.migration)
+        found = await survey(self._members, view, to, options)
+        found.demand_clear()
+        migration = await self._enter(found, options)
+        self._setups[migration.id] = asyncio.create_task(
+            self._set_up(found, migration), name=f"set up {migration.id}"
+        )
+        self._setups[migration.id].add_done_callback(lambda task: self._set_up_ended(migration.id, task))
+        return migration
+
+    async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
+        """What a migration would meet. Changes nothing; takes as long as the sample of the dirty rate."""
+        found = await survey(self._members, await self._vms.show(vm), to, options)
+        answer = DryRun(
+            vm=vm,
+            source=found.source.name,
+            destination=found.destination.name if found.destination else "",
+            reasons=found.reasons,
+        )
+        try:
+            sample = await self._members.link(found.source.name).sample_dirty_rate(vm, self._limits.sample_s)
+        except TranshumeError as error:
+            return answer.model_copy(update={"verdict": f"no prediction: {error.message}"})
+        past = [kept.record for kept in await self._records.migrations()]
+        known = experience(past, answer.source, answer.destination)
+        prediction = predict(sample, known, options, found.facts.spec.memory_bytes)
+        return answer.model_copy(
+            update={
+                "wire_bytes": prediction.wire_bytes,
+                "total_ms": prediction.total_ms,
+                "downtime_ms": prediction.downtime_ms,
+                "dirty_rate_bytes_s": dirty_rate_bytes_s(sample),
+                "link_rate_bytes_s": effective_rate_bytes_s(known, options),
+                "sample_ms": sample.sample_ms,
+                "verdict": prediction.verdict,
+            }
+        )
+
+    async def get(self, migration: str) -> Migration:
+        """The record, with the newest progress. Raises `NotFound`."""
+        live = self._live.get(migration)
+        if live is not None:
+            return live
+        kept = await self._records.migration(migration)
+        if kept is None:
+            raise NotFound(f"there is no migration {migration}; `transhume migrations` lists them")
+        return kept.record
+
+    async def list(self) -> list[Migration]:
+        """All of them, the oldest first."""
+        kept = await self._records.migrations()
+        records = [self._live.get(entry.record.id, entry.record) for entry in kept]
+        return sorted(records, key=lambda record: (record.created_at_s, record.id))
+
+    async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
+        """The events of one migration with a number over `after`, ending with the one that ended it.
+
+        Begins with the record as it is now unless the caller has seen all there was. Raises `NotFound`.
+        """
+        record, last_id = await self.get(migration), self._events.last_id
+        if after < last_id or record.outcome is not Outcome.RUNNING:
+            yield MigrationEvent(id=last_id, migration=record)
+        if record.outcome is not Outcome.RUNNING:
+            return
+        async for event in self._events.follow(last_id, migration):
+            yield event
+            if event.migration.outcome is not Outcome.RUNNING:
+                return
+
+    async def report(self, update: MigrationUpdate) -> None:
+        """What an end says of a migration. Saying it twice, late or out of order does no harm.
+
+        Raises `NotFound` for an unknown migration, `Refused` for a host that has no part in it, `Conflict`
+        for an outcome that the register contradicts, and `StoreError`: say it again then.
+        """
+        record = await self.get(update.migration)
+        if update.host not in (record.source, record.destination):
+            raise Refused(f"host {update.host} has no part in migration {update.migration}")
+        if record.outcome is not Outcome.RUNNING:
+            await self._endings.add_late_report(update)
+            return
+        self._heard_at_s[update.migration] = self._clock_s()
+        if update.outcome is Outcome.RUNNING:
+            await self._note(merged(record, update), record.phase)
+            return
+        ended = await self._endings.end(record, Claim.reported(update))
+        if ended is not None:
+            self._forget(ended)
+
+    async def cancel(self, reference: str) -> CancelReply:
+        """Give up a migration, named by its id or by its VM; after the commit, say where the VM runs.
+
+        Raises `NotFound`, `Conflict` when the VM is not moving, `HostLost` when the source does not answer.
+        """
+        record = await self._find(reference)
+        if record.outcome is not Outcome.RUNNING:
+            return CancelReply(accepted=False, runs_at=record.runs_at)
+        async with self._beginning.setdefault(record.id, asyncio.Lock()):
+            # The set-up may have come further, or to its end, while this waited.
+            record = await self.get(record.id)
+            if record.outcome is not Outcome.RUNNING:
+                return CancelReply(accepted=False, runs_at=record.runs_at)
+            if record.id not in self._begun:
+                return await self._cancel_here(record)
+        try:
+            return await self._members.link(record.source).cancel(record.id)
+        except NotFound:
+            return await self._cancel_here(record)
+        except HostLost as error:
+            raise HostLost(
+                f"host {record.source} does not answer ({error.message}); where VM {record.vm} runs is "
+                "unknown until it does"
+            ) from error
+
+    async def sweep(self) -> None:
+        """Give up the migrations that nobody has reported on for too long. Called again and again."""
+        now_s = self._clock_s()
+        for record in list(self._live.values()):
+            if record.id in self._setups:
+                continue
+            unset = record.phase in (Phase.REQUESTED, Phase.PREPARED)
+            limit_s = (
+                self._limits.unclaimed_s if unset else record.options.deadline_s + self._limits.overdue_s
+            )
+            if now_s - self._heard_at_s.get(record.id, now_s) > limit_s:
+                await self._give_up(
+                    record, TimedOut(f"neither {record.source} nor {record.destination} has reported on it")
+                )
+
+    async def _enter(self, found: Survey, options: MigrationOptions) -> Migration:
+        """The migration, the VM's mark and the register's state in one transaction: only one can win."""
+        vm, destination = found.vm, found.demand_clear()
+        name = vm.spec.name
+        while True:
+            kept_vm, kept_owner = await asyncio.gather(self._records.vm(name), self._records.ownership(name))
+            if kept_vm is None or kept_owner is None:
+                raise NotFound(f"VM {name} was deleted meanwhile")
+            if kept_vm.record.migration:
+                raise _already_moving(name, kept_vm.record.migration)
+            if kept_owner.record != vm.ownership:
+                raise Conflict(f"VM {name} has moved to {kept_owner.record.owner} meanwhile; ask again")
+            migration = Migration(
+                id=self._new_id(),
+                vm=name,
+                source=found.source.name,
+                destination=destination.name,
+                epoch=vm.ownership.epoch,
+                options=options,
+                runs_at=found.source.name,
+                created_at_s=self._clock_s(),
+            )
+            done = await self._records.store.transact(
+                compares=[kept_vm.unchanged, kept_owner.unchanged, absent(migration_key(migration.id))],
+                puts={
+                    migration_key(migration.id): encode(migration),
+                    vm_key(name): encode(kept_vm.record.model_copy(update={"migration": migration.id})),
+                },
+            )
+            if done is not None:
+                self._live[migration.id] = migration
+                self._heard_at_s[migration.id] = self._clock_s()
+                self._events.append(migration)
+                return migration
+
+    async def _set_up(self, found: Survey, migration: Migration) -> None:
+        """Steps 2 to 4: let the destination prepare, then the source begin."""
+        source = self._members.link(migration.source)
+        destination = self._members.link(migration.destination)
+        blocks = found.facts.ram_blocks
+        try:
+            prepared = await destination.prepare(
+                PrepareOrder(migration=migration, spec=found.facts.spec, ram_blocks=blocks)
+            )
+        except TranshumeError as error:
+            await self._give_up(migration, error)
+            return
+        async with self._beginning.setdefault(migration.id, asyncio.Lock()):
+            if migration.id not in self._live:
+                # Cancelled while the destination prepared.
+                await self._abandon(migration)
+                return
+            try:
+                await source.begin(BeginOrder(migration=migration, prepared=prepared, ram_blocks=blocks))
+            except TranshumeError as error:
+                await self._give_up(migration, error)
+                return
+            record = self._live.get(migration.id)
+            if record is not None:
+                self._begun.add(migration.id)
+                await self._note(_at_least(record, Phase.PREPARED), record.phase)
+
+    def _set_up_ended(self, migration: str, task: asyncio.Task[None]) -> None:
+        self._setups.pop(migration, None)
+        if not task.cancelled() and task.exception() is not None:
+            # The record stays as it is; the sweep gives the migration up when nobody reports on it.
+            log.error("setting up migration %s failed", migration, exc_info=task.exception())
+
+    async def _note(self, record: Migration, phase_before: Phase) -> None:
+        """Keep a record under way. Phases go to the store only before the switchover: later, time is short."""
+        self._live[record.id] = record
+        self._events.append(record)
+        if record.phase is not phase_before and record.phase in (Phase.PREPARED, Phase.PRECOPY):
+            try:
+                await self._save(record)
+            except StoreError as error:
+                # A controller that restarts would know less; the migration itself misses nothing.
+                log.warning("the phase of migration %s was not saved: %s", record.id, error.message)
+
+    async def _save(self, record: Migration) -> None:
+        kept = await self._records.migration(record.id)
+        if kept is not None and kept.record.outcome is Outcome.RUNNING:
+            await self._records.store.transact(
+                compares=[kept.unchanged], puts={migration_key(record.id): encode(record)}
+            )
+
+    async def _give_up(self, record: Migration, error: TranshumeError) -> None:
+        """End a migration that cannot go on, unless the destination has committed; leave nothing there."""
+        claim = Claim(
+            outcome=Outcome.FAILED,
+            error_code=error.code,
+            error=f"migration {record.id} of VM {record.vm} to {record.destination} failed: {error.message}",
+        )
+        ended = await self._endings.end(self._live.get(record.id, record), claim)
+        if ended is None:
+            return
+        self._forget(ended)
+        await self._dismiss(record)
+
+    async def _cancel_here(self, record: Migration) -> CancelReply:
+        claim = Claim(outcome=Outcome.CANCELLED)
+        ended = await self._endings.end(record, claim)
+        if ended is None:
+            return CancelReply(accepted=False, runs_at=record.destination)
+        self._forget(ended)
+        if record.id not in self._setups:
+            await self._dismiss(record)
+        return CancelReply(accepted=True, runs_at=ended.runs_at)
+
+    async def _dismiss(self, record: Migration) -> None:
+        """Tell both ends that it is over. The register refuses their commit already, whether they hear or not."""
+        await self._abandon(record)
+        with suppress(TranshumeError):
+            await self._members.link(record.source).cancel(record.id)
+
+    async def _abandon(self, record: Migration) -> None:
+        try:
+            await self._members.link(record.destination).abandon(record.id)
+        except TranshumeError as error:
+            # Its own wait limit ends it there (step 3A).
+            log.warning(
+                "host %s could not be told to abandon %s: %s", record.destination, record.id, error.message
+            )
+
+    def _forget(self, ended: Migration) -> None:
+        self._live.pop(ended.id, None)
+        self._heard_at_s.pop(ended.id, None)
+        self._beginning.pop(ended.id, None)
+        self._begun.discard(ended.id)
+        self._events.append(ended)
+
+    async def _find(self, reference: str) -> Migration:
+        with suppress(NotFound):
+            return await self.get(reference)
+        kept = await self._records.vm(reference)
+        if kept is None:
+            raise NotFound(f"there is no migration and no VM {reference}; `transhume migrations` lists them")
+        if not kept.record.migration:
+            owner = (await self._vms.show(reference)).ownership.owner
+            raise Conflict(f"VM {reference} is not moving; it belongs to {owner}")
+        return await self.get(kept.record.migration)
+
+
+def _at_least(record: Migration, phase: Phase) -> Migration:
+    return merged(record, MigrationUpdate(migration=record.id, host=record.source, phase=phase))
+
+
+def _already_moving(vm: str, migration: str) -> Conflict:
+    return Conflict(
+        f"VM {vm} is already migrating ({migration}); wait for it or `transhume cancel {migration}` first"
+    )

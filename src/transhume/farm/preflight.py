@@ -1,0 +1,118 @@
+"""Whether a VM can move, before a byte does: every reason against it at once, in words with the mend.
+
+Pure: the facts were gathered elsewhere. Reasons are split by whom they concern, because those of the VM and
+its source hold for every destination.
+"""
+
+from __future__ import annotations
+
+from transhume.farm.members import HostStatus
+from transhume.model.migration import Engine, MigrationOptions
+from transhume.model.orders import DestinationFacts, SourceFacts
+from transhume.model.vm import Accel, Vm, VmState
+
+VMM_OVERHEAD_BYTES = 192 << 20
+"""What QEMU itself needs beside the guest's RAM on the destination: its heap, ROMs, the display's memory."""
+
+
+def source_reasons(
+    vm: Vm, source: HostStatus, facts: SourceFacts, options: MigrationOptions
+) -> tuple[str, ...]:
+    """Reasons that hold wherever the VM would go."""
+    name = vm.spec.name
+    reasons = []
+    if vm.migration:
+        reasons.append(
+            f"VM {name} is already migrating ({vm.migration}); "
+            f"wait for it or `transhume cancel {vm.migration}` first"
+        )
+    if facts.state is not VmState.RUNNING:
+        reasons.append(
+            f"VM {name} is {facts.state.value} on {source.name} and only a running VM can move live; "
+            f"`transhume vm start {name}` first"
+        )
+    if options.engine is Engine.TRANSHUME:
+        reasons += _own_engine_reasons(source, facts)
+    reasons += facts.qemu_obstacles
+    return tuple(reasons)
+
+
+def destination_reasons(
+    vm: Vm,
+    source: HostStatus,
+    facts: SourceFacts,
+    destination: HostStatus,
+    found: DestinationFacts | None,
+) -> tuple[str, ...]:
+    """Reasons that hold for this destination. `found` is None when it could not be asked."""
+    if destination.name == source.name:
+        return (f"VM {vm.spec.name} runs on {source.name} already; name another host with --to",)
+    if found is None:
+        return (
+            f"host {destination.name} does not answer (last heard from {destination.seen_ago_s:.0f} s ago); "
+            "start its daemon with `transhume up`, or choose another host",
+        )
+    return (
+        *_memory_reasons(vm, destination, found),
+        *_vmm_reasons(facts, destination),
+        *_cpu_reasons(facts, destination),
+        *found.disk_obstacles,
+        *found.file_obstacles,
+    )
+
+
+def _own_engine_reasons(source: HostStatus, facts: SourceFacts) -> list[str]:
+    """What only this project's engine cannot do: QEMU tracks its own writes and moves RAM of any kind."""
+    reasons = [*facts.ram_obstacles, *facts.device_obstacles]
+    told = " ".join(facts.device_obstacles)
+    reasons += [
+        f"disk {disk.path} has cache.direct=on, and reads that bypass the page cache change the guest's memory "
+        "unseen; use cache.direct=off or --engine qemu"
+        for disk in facts.spec.disks
+        if disk.cache_direct and disk.path not in told
+    ]
+    reasons += [f"host {source.name}: {obstacle}" for obstacle in source.inventory.tracking_obstacles]
+    return reasons
+
+
+def _memory_reasons(vm: Vm, destination: HostStatus, found: DestinationFacts) -> list[str]:
+    needed_bytes = vm.spec.memory_bytes + VMM_OVERHEAD_BYTES
+    if found.memory_available_bytes >= needed_bytes:
+        return []
+    return [
+        f"host {destination.name} has {_mib(found.memory_available_bytes)} MiB of memory available and VM "
+        f"{vm.spec.name} needs {_mib(needed_bytes)} MiB with QEMU's own; free some or choose another host"
+    ]
+
+
+def _vmm_reasons(facts: SourceFacts, destination: HostStatus) -> list[str]:
+    reasons = []
+    inventory = destination.inventory
+    if facts.qemu_version and inventory.qemu_version != facts.qemu_version:
+        reasons.append(
+            f"the VM runs under QEMU {facts.qemu_version} and host {destination.name} has "
+            f"{inventory.qemu_version or 'none'}; install the same version there"
+        )
+    machine = facts.spec.machine_type
+    if machine and machine not in inventory.machine_types:
+        reasons.append(
+            f"the QEMU of host {destination.name} does not know the machine type {machine}; "
+            "install a version there that does"
+        )
+    if facts.spec.accel is Accel.KVM and inventory.kvm_obstacle:
+        reasons.append(f"the VM runs under KVM and host {destination.name} cannot: {inventory.kvm_obstacle}")
+    return reasons
+
+
+def _cpu_reasons(facts: SourceFacts, destination: HostStatus) -> list[str]:
+    missing = sorted(set(facts.required_cpu_flags) - set(destination.inventory.cpu_flags))
+    if not missing:
+        return []
+    return [
+        f"the guest was shown CPU flags that host {destination.name} lacks: {', '.join(missing)}; "
+        "choose a host with them, or restart the VM with an older CPU model"
+    ]
+
+
+def _mib(size_bytes: int) -> int:
+    return size_bytes >> 20

@@ -1,0 +1,153 @@
+"""The farm's records in the store: their keys, their JSON, and the revision each was read at.
+
+hosts/<name>        HostRecord    a member, with the secret that it and the controller share
+tokens/<sha256>     TokenRecord   one invitation to join, under the hash of the token
+vms/<name>          VmRecord      what the owner asked for, and the migration under way
+ownership/<vm>      Ownership     the register: who may run the VM
+migrations/<id>     Migration     what was asked, how far it is, what came of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from transhume.model.errors import StoreError
+from transhume.model.host import HostInventory
+from transhume.model.migration import Migration
+from transhume.model.vm import Ownership, VmSpec
+from transhume.store.interface import ABSENT, Compare, Entry, Store
+
+
+class HostRecord(BaseModel):
+    """A member of the farm. `inventory` is None until its daemon first reported."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    address: str
+    port: int
+    secret: str
+    joined_at_s: float
+    controller: bool = False
+    inventory: HostInventory | None = None
+
+
+class TokenRecord(BaseModel):
+    """An invitation that one host may use once, before `expires_at_s`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    expires_at_s: float
+
+
+class VmRecord(BaseModel):
+    """A VM. `migration` is the id of the one under way, or empty: the lock that keeps a second one out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: VmSpec
+    migration: str = ""
+    created_at_s: float = 0.0
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Kept(Generic[Record]):
+    """A record as it was read, with what a transaction compares to be sure that nobody changed it since."""
+
+    key: str
+    record: Record
+    mod_revision: int
+
+    @property
+    def unchanged(self) -> Compare:
+        return Compare(self.key, self.mod_revision)
+
+
+def host_key(name: str) -> str:
+    return f"hosts/{name}"
+
+
+def token_key(token_hash: str) -> str:
+    return f"tokens/{token_hash}"
+
+
+def vm_key(name: str) -> str:
+    return f"vms/{name}"
+
+
+def ownership_key(vm: str) -> str:
+    return f"ownership/{vm}"
+
+
+def migration_key(migration: str) -> str:
+    return f"migrations/{migration}"
+
+
+def absent(key: str) -> Compare:
+    """The condition that no record has this key yet."""
+    return Compare(key, ABSENT)
+
+
+def encode(record: BaseModel) -> bytes:
+    return record.model_dump_json().encode()
+
+
+class FarmRecords:
+    """Typed reading on top of a `Store`. Writing is `store.transact` with `encode`, where it is decided."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    async def host(self, name: str) -> Kept[HostRecord] | None:
+        return await self._get(host_key(name), HostRecord)
+
+    async def hosts(self) -> list[Kept[HostRecord]]:
+        return await self._list("hosts/", HostRecord)
+
+    async def token(self, token_hash: str) -> Kept[TokenRecord] | None:
+        return await self._get(token_key(token_hash), TokenRecord)
+
+    async def tokens(self) -> list[Kept[TokenRecord]]:
+        return await self._list("tokens/", TokenRecord)
+
+    async def vm(self, name: str) -> Kept[VmRecord] | None:
+        return await self._get(vm_key(name), VmRecord)
+
+    async def vms(self) -> list[Kept[VmRecord]]:
+        return await self._list("vms/", VmRecord)
+
+    async def ownership(self, vm: str) -> Kept[Ownership] | None:
+        return await self._get(ownership_key(vm), Ownership)
+
+    async def ownerships(self) -> list[Kept[Ownership]]:
+        return await self._list("ownership/", Ownership)
+
+    async def migration(self, migration: str) -> Kept[Migration] | None:
+        return await self._get(migration_key(migration), Migration)
+
+    async def migrations(self) -> list[Kept[Migration]]:
+        return await self._list("migrations/", Migration)
+
+    async def _get(self, key: str, kind: type[Record]) -> Kept[Record] | None:
+        entry = await self.store.get(key)
+        return None if entry is None else _decode(entry, kind)
+
+    async def _list(self, prefix: str, kind: type[Record]) -> list[Kept[Record]]:
+        return [_decode(entry, kind) for entry in await self.store.list(prefix)]
+
+
+def _decode(entry: Entry, kind: type[Record]) -> Kept[Record]:
+    try:
+        record = kind.model_validate_json(entry.value)
+    except ValidationError as error:
+        raise StoreError(
+            f"the record {entry.key} in the farm's store is not what this release writes "
+            f"({error.error_count()} faults); was it edited, or written by a newer release?"
+        ) from error
+    return Kept(entry.key, record, entry.mod_revision)

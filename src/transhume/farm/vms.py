@@ -1,0 +1,128 @@
+"""The VMs of the farm: made, started, stopped and deleted on the host that owns each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from transhume.farm.members import Members
+from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
+from transhume.model.errors import Conflict, NotFound
+from transhume.model.vm import Ownership, Vm, VmSpec, VmState
+
+FIRST_EPOCH = 1
+
+
+class Vms:
+    """The verbs of `transhume vm`. Each is carried out by the VM's owner and by no other host."""
+
+    def __init__(self, records: FarmRecords, members: Members, clock_s: Callable[[], float]) -> None:
+        self._records = records
+        self._members = members
+        self._clock_s = clock_s
+
+    async def create(self, spec: VmSpec, host: str) -> Vm:
+        """Enter a VM owned by `host`. Nothing runs yet.
+
+        Raises `Conflict` for a name that is taken, `NotFound` for a host that is none, and `Refused` when
+        the host cannot run such a VM (a missing file, no KVM).
+        """
+        if await self._records.vm(spec.name) is not None:
+            raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
+        resolved = await self._members.link(host).resolve_spec(spec)
+        record = VmRecord(spec=resolved, created_at_s=self._clock_s())
+        ownership = Ownership(owner=host, epoch=FIRST_EPOCH)
+        keys = (vm_key(spec.name), ownership_key(spec.name))
+        done = await self._records.store.transact(
+            compares=[absent(key) for key in keys],
+            puts=dict(zip(keys, (encode(record), encode(ownership)), strict=True)),
+        )
+        if done is None:
+            raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
+        return self._view(record, ownership)
+
+    async def show(self, name: str) -> Vm:
+        kept, ownership = await self._known(name)
+        return self._view(kept.record, ownership)
+
+    async def list(self) -> list[Vm]:
+        """All VMs by name."""
+        vms, ownerships = await asyncio.gather(self._records.vms(), self._records.ownerships())
+        owners = {kept.key: kept.record for kept in ownerships}
+        return [
+            self._view(kept.record, owners[key])
+            for kept in vms
+            if (key := ownership_key(kept.record.spec.name)) in owners
+        ]
+
+    async def start(self, name: str) -> Vm:
+        """Start the VM on its owner. `Conflict` when it runs or moves, `VmmError` when QEMU dies."""
+        kept, ownership = await self._resting(name)
+        await self._members.link(ownership.owner).start_vm(kept.record.spec)
+        return self._changed(kept.record, ownership, VmState.RUNNING)
+
+    async def stop(self, name: str, timeout_s: float) -> Vm:
+        """Ask the guest to power down; `TimedOut` leaves it running."""
+        kept, ownership = await self._resting(name)
+        await self._members.link(ownership.owner).stop_vm(name, timeout_s)
+        return self._changed(kept.record, ownership, VmState.STOPPED)
+
+    async def kill(self, name: str) -> Vm:
+        """End the VM at once."""
+        kept, ownership = await self._resting(name)
+        await self._members.link(ownership.owner).kill_vm(name)
+        return self._changed(kept.record, ownership, VmState.STOPPED)
+
+    async def delete(self, name: str) -> None:
+        """Forget a stopped VM. Its disks are left alone. `Conflict` when it runs or moves."""
+        kept, ownership = await self._resting(name)
+        # The host first: it alone knows whether the VM runs, and asking it again does no harm.
+        await self._members.link(ownership.owner).delete_vm(name)
+        done = await self._records.store.transact(
+            compares=[kept.unchanged], deletes=[vm_key(name), ownership_key(name)]
+        )
+        if done is None:
+            raise Conflict(f"VM {name} was changed while it was being deleted; look at it and try again")
+
+    async def log(self, name: str, serial: bool, lines: int) -> str:
+        """The last lines of what QEMU said, or of what the guest printed, on the host that owns the VM."""
+        _, ownership = await self._known(name)
+        return await self._members.link(ownership.owner).vm_log(name, serial, lines)
+
+    async def screendump(self, name: str) -> bytes:
+        """The guest's screen as a PNG."""
+        _, ownership = await self._known(name)
+        return await self._members.link(ownership.owner).screendump(name)
+
+    async def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Join the guest's serial console on its owner: what it prints, for what is typed."""
+        _, ownership = await self._known(name)
+        return self._members.link(ownership.owner).console(name, received)
+
+    async def _known(self, name: str) -> tuple[Kept[VmRecord], Ownership]:
+        kept, ownership = await asyncio.gather(self._records.vm(name), self._records.ownership(name))
+        if kept is None or ownership is None:
+            raise NotFound(f"the farm has no VM {name}; `transhume vm list` shows those it has")
+        return kept, ownership.record
+
+    async def _resting(self, name: str) -> tuple[Kept[VmRecord], Ownership]:
+        kept, ownership = await self._known(name)
+        if kept.record.migration:
+            raise Conflict(
+                f"VM {name} is moving (migration {kept.record.migration}); wait for it, "
+                f"or `transhume cancel {name}` first"
+            )
+        return kept, ownership
+
+    def _view(self, record: VmRecord, ownership: Ownership) -> Vm:
+        return Vm(
+            spec=record.spec,
+            ownership=ownership,
+            state=self._members.vm_state(ownership.owner, record.spec.name),
+            migration=record.migration,
+            created_at_s=record.created_at_s,
+        )
+
+    def _changed(self, record: VmRecord, ownership: Ownership, state: VmState) -> Vm:
+        self._members.note_vm_state(ownership.owner, record.spec.name, state)
+        return self._view(record, ownership)
