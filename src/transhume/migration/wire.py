@@ -80,6 +80,9 @@ MAX_RUNS = 4096
 MAX_PAGES = 4096
 """The most page content in one PAGES frame: 16 MiB. A ZERO frame may name any number of pages."""
 
+Bytes = bytes | bytearray | memoryview
+"""Whatever holds contiguous bytes."""
+
 _MAGIC = b"Tshm"
 _HEADER = struct.Struct("<4sHBBHHIQ")
 _CRC = struct.Struct("<I")
@@ -387,7 +390,7 @@ class Decoder:
         self.block_pages = tuple(block_pages)
         self.version = version
 
-    def header(self, data: bytes | bytearray | memoryview) -> Header:
+    def header(self, data: Bytes) -> Header:
         """Decode `HEADER_BYTES` bytes and check everything that can be known without the payload."""
         if len(data) != HEADER_BYTES:
             raise PeerProtocolError(f"A frame's header has {HEADER_BYTES} bytes, not {len(data)}.")
@@ -408,7 +411,7 @@ class Decoder:
         self._check_header(header)
         return header
 
-    def message(self, header: Header, body: bytes | bytearray | memoryview) -> Message:
+    def message(self, header: Header, body: Bytes) -> Message:
         """Decode the JSON body of a control frame."""
         kind = _MESSAGES.get(header.type)
         if kind is None or len(body) != header.payload_bytes:
@@ -420,7 +423,7 @@ class Decoder:
             where = ".".join(str(part) for part in first["loc"]) or "its body"
             raise _wrong(header, f"is malformed: {where}: {first['msg']}") from None
 
-    def runs(self, header: Header, table: bytes | bytearray | memoryview) -> Runs:
+    def runs(self, header: Header, table: Bytes) -> Runs:
         """Decode the table of runs of a PAGES or ZERO frame; all of them lie inside the block."""
         if len(table) != header.table_bytes:
             raise _wrong(header, f"has a table of {len(table)} bytes for {header.run_count} runs")
