@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from transhume.model.errors import Refused, VmmError
 from transhume.model.vm import RamBlock, VmSpec
 from transhume.vmm.command_line import DEFAULT_BINARY, build_command, ram_blocks
+from transhume.vmm.log import last_words, log_size
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.paths import VmPaths, make_vm_dir
 from transhume.vmm.process import QemuProcess, RunRecord, boot_id, forget, save_record, start_time_ticks
 from transhume.vmm.qmp import Qmp
-
-LAST_WORDS_LINES = 8
 
 OPEN_FILES_MAX = 8192
 
@@ -56,7 +55,7 @@ async def launch(
     """
     make_vm_dir(paths, vm_user)
     forget(paths)
-    said_before_bytes = paths.qemu_log.stat().st_size if paths.qemu_log.exists() else 0
+    said_before_bytes = log_size(paths)
     process = _spawn(spec, paths, vm_user, incoming, binary)
     try:
         monitor = await _connect(process, paths, spec, deadline_s, said_before_bytes)
@@ -100,18 +99,6 @@ def user_rights(vm_user: str) -> tuple[int, int, list[int]]:
     except KeyError:
         further = []
     return entry.pw_uid, entry.pw_gid, further
-
-
-def last_words(paths: VmPaths, from_byte: int = 0) -> str:
-    """The end of what QEMU said in its log after position `from_byte`, on one line."""
-    try:
-        with paths.qemu_log.open("rb") as log:
-            log.seek(from_byte)
-            lines = log.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
-        lines = []
-    said = [line.strip() for line in lines if line.strip()]
-    return "; ".join(said[-LAST_WORDS_LINES:]) or "nothing"
 
 
 def _spawn(spec: VmSpec, paths: VmPaths, vm_user: str, incoming: bool, binary: str) -> QemuProcess:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transhume.model.errors import VmmError
 from transhume.model.vm import VmState
+from transhume.vmm.paths import VmPaths
 from transhume.vmm.qmp import Qmp
 
 STATES = {
@@ -46,6 +47,11 @@ class Monitor:
     @classmethod
     async def connect(cls, path: Path, deadline_s: float = 10.0) -> Monitor:
         return cls(await Qmp.connect(path, deadline_s))
+
+    @property
+    def paths(self) -> VmPaths:
+        """The folder of the VM behind this monitor."""
+        return VmPaths(self.qmp.path.parent)
 
     @property
     def version(self) -> str:

@@ -96,12 +96,13 @@ class _Client(QMPClient):
 class Qmp:
     """One connection to one monitor."""
 
-    def __init__(self, client: _Client, label: str) -> None:
+    def __init__(self, client: _Client, path: Path) -> None:
+        self.path = path
         self._client = client
-        self._label = label
+        self._label = f"VM {path.parent.name}"
         self._fd_lock = asyncio.Lock()
         self._leave = asyncio.Event()
-        self._watcher = asyncio.create_task(self._watch(), name=f"watch {label}")
+        self._watcher = asyncio.create_task(self._watch(), name=f"watch {path}")
 
     @classmethod
     async def connect(cls, path: Path, deadline_s: float = 10.0) -> Qmp:
@@ -121,7 +122,7 @@ class Qmp:
             ) from None
         except ConnectError as error:
             raise VmmError(f"QEMU's monitor at {path} did not answer as one should: {error.exc}") from error
-        return cls(client, f"VM {path.parent.name}")
+        return cls(client, path)
 
     @property
     def version(self) -> str:
