@@ -166,7 +166,7 @@ class FrameChannel:
             yield
         except BlockingIOError:
             raise self._lost(f"{self.peer} has been silent for {self._silence_limit_s:g} s.") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise self._lost(f"The connection to {self.peer} broke: {error}.") from None
 
     def _ended(self) -> HostLost:
@@ -187,7 +187,7 @@ def _set_up(sock: socket.socket, silence_limit_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
     if sock.family == socket.AF_UNIX:
         return
-    # Bytess are left to the kernel, which fits them to the path better than any fixed size would.
+    # Buffers are left to the kernel, which fits them to the path better than any fixed size would.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_limit_s * 1000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

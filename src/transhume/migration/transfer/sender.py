@@ -12,12 +12,19 @@ Threads: one `PageSender` belongs to one thread at a time; its progress callback
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transhume.memory.ram import GuestRam
+import numpy as np
+
+from transhume.memory import runs as page_runs
+from transhume.memory import zero
+from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam
 from transhume.memory.runs import Runs
+from transhume.migration import wire
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.pace import Pace
 from transhume.model.vm import PAGE_BYTES
@@ -81,4 +88,109 @@ class PageSender:
 
         Blocks; call it from a worker thread. Raises `HostLost` when the connection fails.
         """
-        raise NotImplementedError
+        block = self._ram.blocks[block_index]
+        long = runs[:, 1] >= _LONG_RUN_PAGES
+        sent = self._send_batches(block, runs[long], self._send_long, pace)
+        if sent.complete:
+            sent += self._send_batches(block, runs[~long], self._send_short, pace)
+        self._report(time.monotonic(), at_once=True)
+        return sent
+
+    def _send_batches(
+        self,
+        block: GuestBlock,
+        runs: Runs,
+        send_batch: Callable[[GuestBlock, Runs], SentPages],
+        pace: Pace | None,
+    ) -> SentPages:
+        sent = SentPages()
+        for piece in page_runs.batches(runs, BATCH_PAGES, _BATCH_RUNS):
+            for batch in page_runs.batches(piece, self._step_pages(pace), _BATCH_RUNS):
+                if self._stop.is_set():
+                    return sent + SentPages(complete=False)
+                begun_s = time.monotonic()
+                step = send_batch(block, batch)
+                now_s = time.monotonic()
+                sent += step
+                self._fit_batch(now_s - begun_s)
+                self._account(now_s, step)
+                delay_s = pace.delay_s(now_s, step.wire_bytes) if pace is not None else 0.0
+                if delay_s > 0:
+                    self._stop.wait(delay_s)
+        return sent
+
+    def _step_pages(self, pace: Pace | None) -> int:
+        if pace is None:
+            return self._batch_pages
+        return max(1, min(self._batch_pages, pace.step_bytes(BATCH_PAGES * PAGE_BYTES) // PAGE_BYTES))
+
+    def _fit_batch(self, duration_s: float) -> None:
+        """Keep a batch short on a slow link, for the stop flag's sake, and large on a fast one."""
+        if duration_s > _SLOW_BATCH_S:
+            self._batch_pages = max(_LEAST_BATCH_PAGES, self._batch_pages // 2)
+        elif duration_s < _FAST_BATCH_S:
+            self._batch_pages = min(BATCH_PAGES, self._batch_pages * 2)
+
+    def _send_long(self, block: GuestBlock, runs: Runs) -> SentPages:
+        present = np.concatenate([block.populated_runs(first, count) for first, count in runs.tolist()])
+        zeros, data = page_runs.empty(), present
+        if len(present):
+            first_page = int(present[0, 0])
+            words = block.window(first_page, int(present[-1].sum()) - first_page)
+            zeros, data = zero.split(words, first_page, present)
+        holes = page_runs.subtract(runs, present)
+        sent = self._send_zeros(block, page_runs.union(holes, zeros))
+        if len(data) == 0:
+            return sent
+        begin = wire.encode_pages(block.block.index, data, self._channel.version)
+        with self._channel.frame():
+            self._channel.write(begin, more=True)
+            for first, count in data.tolist():
+                self._channel.write_file(block.fd, first * PAGE_BYTES, count * PAGE_BYTES)
+        return sent + _counted(data, len(begin))
+
+    def _send_short(self, block: GuestBlock, runs: Runs) -> SentPages:
+        position = 0
+        for first, count in runs.tolist():
+            end = position + count * PAGE_BYTES
+            os.preadv(block.fd, [self._buffer[position:end]], first * PAGE_BYTES)
+            position = end
+        words = np.frombuffer(self._buffer[:position], dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
+        is_zero = zero.zero_pages(words)
+        zeros, data = zero.by_content(runs, is_zero)
+        sent = self._send_zeros(block, zeros)
+        if len(data) == 0:
+            return sent
+        begin = wire.encode_pages(block.block.index, data, self._channel.version)
+        content = words[~is_zero] if len(zeros) else words
+        with self._channel.frame():
+            self._channel.write(begin, more=True)
+            self._channel.write(content.data)
+        return sent + _counted(data, len(begin))
+
+    def _send_zeros(self, block: GuestBlock, runs: Runs) -> SentPages:
+        if len(runs) == 0:
+            return SentPages()
+        frame = wire.encode_zero(block.block.index, runs, self._channel.version)
+        with self._channel.frame():
+            self._channel.write(frame)
+        return SentPages(zero_pages=page_runs.page_count(runs), wire_bytes=len(frame))
+
+    def _account(self, now_s: float, step: SentPages) -> None:
+        self._unreported_pages += step.pages + step.zero_pages
+        self._unreported_bytes += step.wire_bytes
+        self._report(now_s)
+
+    def _report(self, now_s: float, at_once: bool = False) -> None:
+        if self._unreported_bytes == 0 or not (at_once or now_s - self._reported_at_s >= _REPORT_INTERVAL_S):
+            return
+        pages, wire_bytes = self._unreported_pages, self._unreported_bytes
+        self._unreported_pages = self._unreported_bytes = 0
+        self._reported_at_s = now_s
+        self._on_progress(pages, wire_bytes)
+
+
+def _counted(data: Runs, begin_bytes: int) -> SentPages:
+    """What one PAGES frame amounts to."""
+    pages = page_runs.page_count(data)
+    return SentPages(pages=pages, wire_bytes=begin_bytes + pages * PAGE_BYTES)
