@@ -135,7 +135,7 @@ def compile_program(name: str, target: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise Refused("gcc is missing, and the guest's workload is compiled with it: apt install gcc") from error
+        raise Refused("gcc is missing; it compiles the guest's workload: apt install gcc") from error
     if done.returncode != 0:
         raise Refused(f"gcc could not compile {source.name} (is libc6-dev installed?): {done.stderr.strip()}")
 
