@@ -101,11 +101,11 @@ class DestinationMachine(Machine[DestinationState]):
             ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
         },
         D.COMMITTING: {
-            ev.SwapWon: Rule("_commit_won", (D.RESUMING,)),
-            ev.SwapLost: Rule("_commit_lost", (D.RESUMING, D.DESTROYING)),
+            ev.SwapWon: Rule("_commit_won", (D.RESUMING, D.DONE)),
+            ev.SwapLost: Rule("_commit_lost", (D.RESUMING, D.DESTROYING, D.DONE)),
             ev.SwapRefused: Rule("_commit_refused", (D.DESTROYING,)),
             ev.SwapUnknown: Rule("_swap_unknown", ()),
-            ev.Tick: Rule("_tick_committing", ()),
+            ev.Tick: Rule("_tick_committing", (D.REVOKING,)),
             ev.QemuDied: Rule("_qemu_died_committing", ()),
             **ignored(
                 ev.LinkLost,
@@ -118,12 +118,19 @@ class DestinationMachine(Machine[DestinationState]):
         },
         D.REVOKING: {
             ev.SwapWon: Rule("_revoked", (D.DESTROYING,)),
-            ev.SwapLost: Rule("_revoke_lost", (D.RESUMING, D.DESTROYING)),
+            ev.SwapLost: Rule("_revoke_lost", (D.RESUMING, D.DESTROYING, D.DONE)),
             ev.SwapUnknown: Rule("_swap_unknown", ()),
             ev.SwapRefused: Rule("_swap_unknown", ()),
             ev.Tick: Rule("_tick_revoking", ()),
             ev.QemuDied: Rule("_qemu_died_committing", ()),
-            **ignored(ev.LinkLost, ev.CommandFailed, ev.PeerHeard, ev.CancelRequested),
+            **ignored(
+                ev.LinkLost,
+                ev.PeerAborted,
+                ev.CommandFailed,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.MigrationKnown,
+            ),
         },
         D.RESUMING: {
             ev.VmResumed: Rule("_resumed", (D.RUNNING,)),
@@ -146,8 +153,17 @@ class DestinationMachine(Machine[DestinationState]):
             ev.PeerFinished: Rule("_finished", (D.DONE,)),
             ev.LinkLost: Rule("_finished_alone", (D.DONE,)),
             ev.Tick: Rule("_tick_running", (D.DONE,)),
-            ev.QemuDied: Rule("_finished_alone", (D.DONE,)),
-            **ignored(ev.PeerAborted, ev.PeerHeard, ev.CancelRequested, ev.CommandFailed, ev.MigrationKnown),
+            ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
+            **ignored(
+                ev.PeerAborted,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.CommandFailed,
+                ev.MigrationKnown,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+            ),
         },
         D.DESTROYING: {
             ev.VmDestroyed: Rule("_destroyed", (D.ABORTED,)),
@@ -236,11 +252,7 @@ class DestinationMachine(Machine[DestinationState]):
         So before anything is destroyed the register is moved on: after `(source, e + 1)` no late commit
         of this epoch can succeed.
         """
-        self._fail("mover-died", "the destination's mover died")
-        self.state = D.REVOKING
-        self._swap_under_way = True
-        self._swap_asked_s = now_s
-        return (ev.SwapToSource(),)
+        return self._revoke("mover-died", "the destination's mover died", now_s)
 
     def _source_connected(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
         self.state = D.RECEIVING
@@ -274,6 +286,7 @@ class DestinationMachine(Machine[DestinationState]):
 
     def _commit_won(self, _: Event, now_s: float) -> Sequence[Command]:
         self._swap_under_way = False
+        self._fail("", "")  # whatever went wrong on the way, the VM is ours now
         self._commit_s = now_s - self._commit_since_s
         self._resume_since_s = now_s
         self.state = D.RESUMING
@@ -354,8 +367,11 @@ class DestinationMachine(Machine[DestinationState]):
         return ()
 
     def _tick_committing(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        """Ask again; but with a QEMU that died meanwhile, to take the commit back rather than to make it."""
         if self._swap_under_way or now_s - self._swap_asked_s < SWAP_RETRY_S:
             return ()
+        if self._qemu_died:
+            return self._revoke("vmm", "the destination's QEMU died before the commit", now_s)
         self._swap_under_way = True
         self._swap_asked_s = now_s
         return (ev.SwapToDestination(),)
@@ -363,6 +379,13 @@ class DestinationMachine(Machine[DestinationState]):
     def _tick_revoking(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         if self._swap_under_way or now_s - self._swap_asked_s < SWAP_RETRY_S:
             return ()
+        self._swap_under_way = True
+        self._swap_asked_s = now_s
+        return (ev.SwapToSource(),)
+
+    def _revoke(self, code: str, message: str, now_s: float) -> Sequence[Command]:
+        self._fail(code, message)
+        self.state = D.REVOKING
         self._swap_under_way = True
         self._swap_asked_s = now_s
         return (ev.SwapToSource(),)

@@ -68,12 +68,16 @@ def link_rate_bytes_s(passes: Sequence[PassResult]) -> float:
 
 
 def passes_without_progress(passes: Sequence[PassResult]) -> int:
-    """How many of the latest passes, in a row, did not shrink the set of pages left."""
+    """How many of the latest passes, in a row, did not shrink the set of pages left.
+
+    An empty set cannot shrink: when not even that meets the limit (because of the switchover's own cost),
+    more passes are of no use either.
+    """
     count = 0
     smallest: int | None = None
     for result in passes:
         left = result.dirty_pages_after + result.unsent_pages
-        if smallest is None or left <= PROGRESS_FACTOR * smallest:
+        if smallest is None or (left < smallest and left <= PROGRESS_FACTOR * smallest):
             count = 0
         else:
             count += 1
@@ -108,7 +112,8 @@ def decide(
     last = passes[-1]
     remaining_pages = last.dirty_pages_after + last.unsent_pages
     rate_bytes_s = link_rate_bytes_s(passes)
-    remaining_s = remaining_pages * PAGE_BYTES / rate_bytes_s if rate_bytes_s > 0 else 0.0
+    # A rate that is not known yet (nothing but zero pages was sent) promises nothing.
+    remaining_s = remaining_pages * PAGE_BYTES / max(rate_bytes_s, 1.0)
     predicted_s = remaining_s + switchover_cost_s
     limit_s = options.max_downtime_ms / 1000
     stalled_passes = passes_without_progress(passes)

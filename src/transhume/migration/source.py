@@ -35,6 +35,8 @@ FINISH_LIMIT_S = 10.0
 """After the commit: how long the source waits to hear that the destination runs before it frees the VM."""
 
 CONNECT_LIMIT_S = 15.0
+COMMIT_LIMIT_S = 30.0
+"""How long the source stays paused for a destination that has everything, is alive, and does not commit."""
 
 
 class SourceState(StrEnum):
@@ -95,7 +97,7 @@ _UNDECIDED: dict[type[Event], Rule[StrEnum]] = {
     ev.LinkLost: Rule("_resolve_link", (S.RESOLVING,)),
     ev.CommandFailed: Rule("_resolve_command", (S.RESOLVING,)),
     ev.CancelRequested: Rule("_resolve_cancel", (S.RESOLVING,)),
-    ev.PeerFailed: Rule("_give_up_peer", (S.RESUMING,)),
+    ev.PeerFailed: Rule("_peer_gave_up_undecided", (S.RESUMING, S.ABORTED)),
     ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
     ev.PeerRunning: Rule("_running", (S.RETIRING,)),
     ev.QemuDied: Rule("_qemu_died_undecided", ()),
@@ -149,15 +151,15 @@ class SourceMachine(Machine[SourceState]):
         },
         S.AWAITING_COMMIT: {
             **_UNDECIDED,
-            ev.Tick: Rule("_tick_undecided", (S.RESOLVING,)),
+            ev.Tick: Rule("_tick_awaiting", (S.RESOLVING,)),
         },
         S.RESOLVING: {
             **_LATE,
-            ev.SwapWon: Rule("_abort_won", (S.RESUMING,)),
-            ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RETIRING)),
+            ev.SwapWon: Rule("_abort_won", (S.RESUMING, S.ABORTED)),
+            ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RETIRING, S.ABORTED)),
             ev.SwapUnknown: Rule("_abort_unknown", ()),
             ev.SwapRefused: Rule("_abort_unknown", ()),
-            ev.PeerFailed: Rule("_peer_gave_up_while_resolving", (S.RESUMING,)),
+            ev.PeerFailed: Rule("_peer_gave_up_while_resolving", (S.RESUMING, S.ABORTED)),
             ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
             ev.PeerRunning: Rule("_running", (S.RETIRING,)),
             ev.Tick: Rule("_tick_resolving", ()),
@@ -240,6 +242,7 @@ class SourceMachine(Machine[SourceState]):
         self._heard_s = now_s
         self._switchover_cost_s = 0.0
         self._pausing_s: float | None = None
+        self._state_sent_s = now_s
         self._marks_s: dict[str, float] = {}
         self._downtime = DowntimeReport()
         self._swap_under_way = False
@@ -269,12 +272,10 @@ class SourceMachine(Machine[SourceState]):
             return f"nowhere: {self.error}"
         if self.past_point_of_no_return:
             return f"destination host {self.migration.destination}"
-        if self.state in DESTINATION_MAY_COMMIT:
-            return (
-                "nowhere for the moment: paused at the switchover"
-                if self.state is not S.RESOLVING
-                else "unknown until the register answers; paused at the source meanwhile"
-            )
+        if self.state is S.RESOLVING:
+            return "unknown until the register answers; paused at the source meanwhile"
+        if self.state in (S.LAST_PAGES, S.STATE, S.AWAITING_COMMIT):
+            return "nowhere for the moment: paused at the switchover"
         return f"source host {self.migration.source}"
 
     def report(self, now_s: float) -> MigrationReport:
@@ -390,7 +391,7 @@ class SourceMachine(Machine[SourceState]):
     def _state_sent(self, event: ev.StateSent, now_s: float) -> Sequence[Command]:
         self.state = S.AWAITING_COMMIT
         self.state_bytes = event.state_bytes
-        self._heard_s = now_s
+        self._heard_s = self._state_sent_s = now_s
         self._downtime = self._downtime.model_copy(
             update={"state_out_ms": (now_s - self._marks_s["last-pages"]) * 1000}
         )
@@ -525,6 +526,10 @@ class SourceMachine(Machine[SourceState]):
         self._asked_register_s = now_s
         return ()
 
+    def _peer_gave_up_undecided(self, event: ev.PeerFailed, now_s: float) -> Sequence[Command]:
+        self._fail(Outcome.FAILED, event.code, f"the destination gave up: {event.message}")
+        return self._abort_won(ev.SwapWon(), now_s)
+
     def _peer_gave_up_while_resolving(self, event: ev.PeerFailed, now_s: float) -> Sequence[Command]:
         """The destination cannot commit any more, so the VM need not wait for the register."""
         return self._abort_won(ev.SwapWon(), now_s)
@@ -578,6 +583,12 @@ class SourceMachine(Machine[SourceState]):
 
     def _tick_undecided(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         return self._resolve_link(self._silence(), now_s) if self._silent(now_s) else ()
+
+    def _tick_awaiting(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
+        if now_s - self._state_sent_s > COMMIT_LIMIT_S:
+            message = f"host {self.migration.destination} did not commit within {COMMIT_LIMIT_S:g} s"
+            return self._resolve_link(ev.LinkLost("timed-out", message), now_s)
+        return self._tick_undecided(event, now_s)
 
     def _tick_committed(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
         return self._retire(event, now_s) if now_s - self._heard_s > FINISH_LIMIT_S else ()
