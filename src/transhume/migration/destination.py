@@ -92,6 +92,7 @@ class DestinationMachine(Machine[DestinationState]):
             **_TROUBLE,
             ev.PassReceived: Rule("_heard", ()),
             ev.LastPagesReceived: Rule("_last_pages", (D.LOADING,)),
+            ev.StateLoaded: Rule("_loaded_early", ()),
             ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
         },
         D.LOADING: {
@@ -209,8 +210,8 @@ class DestinationMachine(Machine[DestinationState]):
         self._swap_unanswered = False
         self._swap_asked_s = now_s
         self._load_s = 0.0
-        self._commit_since_s = now_s
-        self._commit_s = 0.0
+        self.commit_since_s = now_s
+        self.commit_s = 0.0
         self._resume_since_s = now_s
         self._resume_attempts = 0
         self._resume_due_s: float | None = None
@@ -275,19 +276,24 @@ class DestinationMachine(Machine[DestinationState]):
         self._loaded = True
         return self._commit_when_complete(now_s)
 
+    def _loaded_early(self, _: ev.StateLoaded, now_s: float) -> Sequence[Command]:
+        """QEMU's own engine brings memory and state together, before the source's end mark."""
+        self._loaded = True
+        return ()
+
     def _commit_when_complete(self, now_s: float) -> Sequence[Command]:
         if self._state_received_s is None or not self._loaded:
             return ()
         self._load_s = now_s - self._state_received_s
         self.state = D.COMMITTING
-        self._commit_since_s = self._swap_asked_s = now_s
+        self.commit_since_s = self._swap_asked_s = now_s
         self._swap_under_way = True
         return (ev.SwapToDestination(),)
 
     def _commit_won(self, _: Event, now_s: float) -> Sequence[Command]:
         self._swap_under_way = False
         self._fail("", "")  # whatever went wrong on the way, the VM is ours now
-        self._commit_s = now_s - self._commit_since_s
+        self.commit_s = now_s - self.commit_since_s
         self._resume_since_s = now_s
         self.state = D.RESUMING
         if self._qemu_died:
@@ -310,7 +316,7 @@ class DestinationMachine(Machine[DestinationState]):
         self.state = D.RUNNING
         self._heard_s = now_s
         return (
-            ev.TellPeerRunning(self._load_s, self._commit_s, now_s - self._resume_since_s),
+            ev.TellPeerRunning(self._load_s, self.commit_s, now_s - self._resume_since_s),
             ev.Publish(),
         )
 

@@ -122,6 +122,7 @@ class Role(StrEnum):
     """What a connection is for."""
 
     MAIN = "main"
+    NATIVE = "native"
 
 
 class End(StrEnum):

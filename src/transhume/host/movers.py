@@ -1,0 +1,279 @@
+"""The movers of one host: started, listened to, and replaced when one dies before its time.
+
+A mover's folder is made before anything else of its migration and removed after the controller has heard
+its last word, so whatever happens in between (to the mover, to this daemon, to both) is found in a folder
+and brought to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transhume.host.controller_link import ControllerLink
+from transhume.migration.driver.job import MoverFolder, MoverJob, Role
+from transhume.migration.driver.journal import Journal
+from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, TranshumeError, VmmError
+from transhume.model.migration import Outcome, Phase
+from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
+
+FINAL_STATES = frozenset({"done", "aborted"})
+LINE_LIMIT_BYTES = 4 << 20
+POLL_S = 0.02
+"""How often a process that has no event to wait for (a socket not there yet) is looked at again."""
+
+RELAY_RETRY_S = 1.0
+SUCCESSOR_PAUSE_S = 0.5
+CANCEL_LIMIT_S = 60.0
+
+
+class Mover:
+    """One mover's folder, the process that works in it now, and what it said last."""
+
+    def __init__(self, folder: MoverFolder, job: MoverJob) -> None:
+        self.folder = folder
+        self.job = job
+        self.process: subprocess.Popen[bytes] | None = None
+        self.prepared: asyncio.Future[Prepared] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+        self.writer: asyncio.StreamWriter | None = None
+        self.connected = asyncio.Event()
+        self.cancels: list[asyncio.Future[CancelReply]] = []
+        self.latest: MigrationUpdate | None = None
+        self.relay_wanted = asyncio.Event()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def lives(self) -> bool:
+        """Whether a process works in the folder."""
+        if self.process is not None and self.process.poll() is None:
+            return True
+        return self.folder.mover_lives()
+
+
+class Movers:
+    """Starts and follows the movers of this host."""
+
+    def __init__(
+        self, migrations_dir: Path, link: ControllerLink, completed: Callable[[MigrationUpdate], None]
+    ) -> None:
+        self._migrations_dir = migrations_dir
+        self._link = link
+        self._completed = completed
+        self._movers: dict[str, Mover] = {}
+
+    def recover(self) -> None:
+        """Take up every migration that an earlier daemon left, alive or dead."""
+        if not self._migrations_dir.is_dir():
+            return
+        for path in sorted(self._migrations_dir.iterdir()):
+            folder = MoverFolder(path)
+            if folder.job_file.exists():
+                self._follow(Mover(folder, folder.read_job()))
+            else:
+                shutil.rmtree(path, ignore_errors=True)  # died before the job was whole: nothing was begun
+
+    def of_vm(self, vm: str) -> Mover | None:
+        """The mover that works on a VM here, if there is one."""
+        return next((mover for mover in self._movers.values() if mover.job.migration.vm == vm), None)
+
+    async def start_destination(self, job: MoverJob) -> Prepared:
+        """Start a destination and wait until it listens. After an error nothing is left."""
+        mover = self._start(job)
+        ended = asyncio.create_task(mover.ended.wait())
+        try:
+            await _first_of(ended, mover.prepared)
+        finally:
+            ended.cancel()
+        if mover.prepared.done():
+            return mover.prepared.result()
+        update = mover.latest
+        raise VmmError(
+            update.error if update and update.error else f"the destination's mover died: {self._words(mover)}"
+        )
+
+    def start_source(self, job: MoverJob) -> None:
+        """Start a source; it reports by itself."""
+        self._start(job)
+
+    async def cancel(self, migration: str, role: Role) -> CancelReply:
+        """Ask a mover to stop, and wait for what came of it."""
+        mover = self._movers.get(f"{migration}-{role.value}")
+        if mover is None:
+            raise NotFound(f"migration {migration} is not under way on this host")
+        reply: asyncio.Future[CancelReply] = asyncio.get_running_loop().create_future()
+        mover.cancels.append(reply)
+        self._send_cancels(mover)
+        ended = asyncio.create_task(mover.ended.wait())
+        try:
+            await _first_of(ended, reply, timeout_s=CANCEL_LIMIT_S)
+        finally:
+            ended.cancel()
+            mover.cancels.remove(reply)
+        if reply.done():
+            return reply.result()
+        update = mover.latest
+        return CancelReply(
+            accepted=update is not None and update.outcome in (Outcome.CANCELLED, Outcome.FAILED),
+            runs_at=update.runs_at if update else "unknown until the mover answers",
+        )
+
+    async def close(self) -> None:
+        """Stop to listen; the movers go on."""
+        tasks = [task for mover in self._movers.values() for task in mover.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, job: MoverJob) -> Mover:
+        folder = MoverFolder.of(self._migrations_dir, job.migration.id, job.role)
+        if folder.path.name in self._movers:
+            raise Conflict(f"migration {job.migration.id} is already under way on this host")
+        folder.write_job(job)
+        mover = Mover(folder, job)
+        self._spawn(mover)
+        self._follow(mover)
+        return mover
+
+    def _spawn(self, mover: Mover) -> None:
+        """A process in a session of its own: it outlives this daemon."""
+        with mover.folder.log_file.open("ab") as log:
+            mover.process = subprocess.Popen(
+                [sys.executable, "-m", "transhume.mover", str(mover.folder.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def _follow(self, mover: Mover) -> None:
+        self._movers[mover.folder.path.name] = mover
+        mover.tasks = [
+            asyncio.create_task(self._follow_to_the_end(mover), name=f"follow {mover.folder.path.name}"),
+            asyncio.create_task(self._relay(mover), name=f"relay {mover.folder.path.name}"),
+        ]
+
+    async def _follow_to_the_end(self, mover: Mover) -> None:
+        while True:
+            await self._listen(mover)
+            while mover.lives:
+                await asyncio.sleep(POLL_S)
+            if mover.process is not None:
+                mover.process.wait()
+            journal = Journal(mover.folder.journal_file)
+            update = journal.last_update()
+            if update is not None:
+                self._say(mover, update)
+            state = journal.last_state()
+            if state is None:
+                self._say(mover, self._never_began(mover))
+                break
+            if state in FINAL_STATES:
+                break
+            await asyncio.sleep(SUCCESSOR_PAUSE_S)
+            self._spawn(mover)
+        mover.ended.set()
+        mover.relay_wanted.set()
+
+    async def _listen(self, mover: Mover) -> None:
+        """Read what a living mover says, until it ends."""
+        while mover.lives:
+            try:
+                reader, writer = await asyncio.open_unix_connection(
+                    str(mover.folder.control_socket), limit=LINE_LIMIT_BYTES
+                )
+            except OSError:
+                await asyncio.sleep(POLL_S)
+                continue
+            mover.writer = writer
+            self._send_cancels(mover)
+            try:
+                while line := await reader.readline():
+                    self._hear(mover, json.loads(line))
+            except (OSError, ValueError):
+                pass  # the mover died in the middle of a line: its journal tells the rest
+            finally:
+                mover.writer = None
+                writer.close()
+            return
+
+    def _hear(self, mover: Mover, message: dict[str, Any]) -> None:
+        if "update" in message:
+            self._say(mover, MigrationUpdate.model_validate(message["update"]))
+        if "prepared" in message and not mover.prepared.done():
+            mover.prepared.set_result(Prepared.model_validate(message["prepared"]))
+        if "cancelled" in message:
+            reply = CancelReply.model_validate(message["cancelled"])
+            for waiting in mover.cancels:
+                if not waiting.done():
+                    waiting.set_result(reply)
+
+    def _send_cancels(self, mover: Mover) -> None:
+        if mover.writer is not None and mover.cancels:
+            mover.writer.write(b'{"command": "cancel"}\n')
+
+    def _say(self, mover: Mover, update: MigrationUpdate) -> None:
+        mover.latest = update
+        mover.relay_wanted.set()
+
+    async def _relay(self, mover: Mover) -> None:
+        """Pass the latest word on to the controller; the last one until it was heard."""
+        told: MigrationUpdate | None = None
+        while True:
+            await mover.relay_wanted.wait()
+            mover.relay_wanted.clear()
+            update = mover.latest
+            if update is not None and update is not told:
+                if not await self._tell(update):
+                    await asyncio.sleep(RELAY_RETRY_S)
+                    mover.relay_wanted.set()
+                    continue
+                told = update
+            if mover.ended.is_set() and told is mover.latest:
+                break
+        if told is not None and told.outcome is Outcome.COMPLETED:
+            self._completed(told)
+        shutil.rmtree(mover.folder.path, ignore_errors=True)
+        self._movers.pop(mover.folder.path.name, None)
+
+    async def _tell(self, update: MigrationUpdate) -> bool:
+        """Whether the controller has heard it. What it refuses for good counts as heard."""
+        try:
+            await self._link.report(update)
+        except (HostLost, StoreError):
+            return False
+        except TranshumeError as error:
+            print(f"the controller refused a report on {update.migration}: {error.message}", file=sys.stderr)  # noqa: T201
+        return True
+
+    def _never_began(self, mover: Mover) -> MigrationUpdate:
+        """For a mover that died before it had written a word: nothing was begun, nothing is left."""
+        migration = mover.job.migration
+        return MigrationUpdate(
+            migration=migration.id,
+            host=migration.source if mover.job.role is Role.SOURCE else migration.destination,
+            phase=Phase.ABORTED,
+            outcome=Outcome.FAILED,
+            runs_at=f"source host {migration.source}",
+            error_code=VmmError.code,
+            error=f"the {mover.job.role.value}'s mover could not start: {self._words(mover)}",
+        )
+
+    def _words(self, mover: Mover) -> str:
+        try:
+            lines = mover.folder.log_file.read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return "it left no word"
+        return lines[-1] if lines else "it left no word"
+
+
+async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    """Wait for whichever comes first, or for the time."""
+    await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)

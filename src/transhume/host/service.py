@@ -1,0 +1,218 @@
+"""What this host does for the controller: its VMs, its facts, its ends of migrations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+from transhume.host.config import HostConfig
+from transhume.host.console import Consoles
+from transhume.host.controller_link import ControllerLink
+from transhume.host.dirty_sample import sample
+from transhume.host.inventory import Inventory
+from transhume.host.movers import Movers
+from transhume.host.switchover_cost import SwitchoverCost
+from transhume.host.vms import LocalVms
+from transhume.migration.driver.job import MoverJob, Role
+from transhume.model.errors import Conflict, NotFound, Refused
+from transhume.model.host import HostInventory
+from transhume.model.orders import (
+    BeginOrder,
+    CancelReply,
+    DestinationFacts,
+    DirtySample,
+    MigrationUpdate,
+    Prepared,
+    PrepareOrder,
+    SourceFacts,
+)
+from transhume.model.vm import Accel, VmSpec, VmState
+from transhume.vmm.capabilities import cpu_flags, memory
+from transhume.vmm.command_line import ram_blocks
+from transhume.vmm.inspect import access_obstacle, find_obstacles
+
+
+class HostService:
+    """Satisfies `farm.host_link.HostLink` for the host that it runs on."""
+
+    def __init__(self, config: HostConfig, inventory: Inventory, link: ControllerLink) -> None:
+        self.config = config
+        self._inventory = inventory
+        self._vms = LocalVms(config.vms_dir, config.vm_user)
+        self._consoles = Consoles()
+        self._cost = SwitchoverCost(config.state_dir / "switchover.json")
+        self._movers = Movers(config.migrations_dir, link, self._learn)
+
+    def recover(self) -> None:
+        """Take up what an earlier daemon left. Call once, when the controller can be reached or not."""
+        self._movers.recover()
+
+    async def close(self) -> None:
+        """Let go; VMs and movers go on."""
+        await self._movers.close()
+        await self._vms.close()
+
+    # --- facts -----------------------------------------------------------------------------------
+
+    async def inventory(self) -> HostInventory:
+        return self._inventory.now()
+
+    async def resolve_spec(self, spec: VmSpec) -> VmSpec:
+        """Fill in machine type, accelerator and CPU model; refuse what this host cannot run."""
+        reasons = await self._file_obstacles(spec) + await self._disk_obstacles(spec)
+        if reasons:
+            raise Refused(
+                f"VM {spec.name} cannot be created on host {self.config.name}: {'; '.join(reasons)}"
+            )
+        kvm_obstacle = self._inventory.kvm_obstacle
+        accel = spec.accel
+        if accel is Accel.KVM and kvm_obstacle:
+            raise Refused(
+                f"VM {spec.name} asks for KVM, which host {self.config.name} cannot offer: {kvm_obstacle}"
+            )
+        if accel is Accel.AUTO:
+            accel = Accel.TCG if kvm_obstacle else Accel.KVM
+        qemu = self._inventory.qemu
+        machine_type = spec.machine_type or qemu.default_machine_type
+        if machine_type not in qemu.machine_types:
+            raise Refused(
+                f"host {self.config.name} has no machine type {machine_type}: "
+                f"its QEMU {qemu.version} offers e.g. {qemu.default_machine_type}"
+            )
+        cpu_model = spec.cpu_model or ("host" if accel is Accel.KVM else "max")
+        return spec.model_copy(update={"accel": accel, "machine_type": machine_type, "cpu_model": cpu_model})
+
+    async def source_facts(self, vm: str) -> SourceFacts:
+        spec = self._vms.spec(vm)
+        process = self._vms.process(vm)
+        if process is None:
+            return SourceFacts(state=VmState.STOPPED, spec=spec)
+        try:
+            monitor = await self._vms.monitor(vm)
+            obstacles = await find_obstacles(monitor, process.pid)
+            return SourceFacts(
+                state=await monitor.state(),
+                spec=spec,
+                ram_blocks=ram_blocks(spec),
+                qemu_version=monitor.version,
+                required_cpu_flags=cpu_flags() if spec.accel is Accel.KVM else (),
+                ram_obstacles=obstacles.ram,
+                device_obstacles=obstacles.devices,
+                qemu_obstacles=obstacles.qemu,
+            )
+        finally:
+            process.close()
+
+    async def destination_facts(self, spec: VmSpec) -> DestinationFacts:
+        return DestinationFacts(
+            memory_available_bytes=memory().available_bytes,
+            disk_obstacles=tuple(await self._disk_obstacles(spec)),
+            file_obstacles=tuple(await self._file_obstacles(spec)),
+        )
+
+    async def sample_dirty_rate(self, vm: str, duration_s: float) -> DirtySample:
+        """Track the VM's writes for `duration_s`. `Conflict` while it is being moved."""
+        if self._movers.of_vm(vm) is not None:
+            raise Conflict(f"VM {vm} is being moved: its writes are tracked already")
+        process = self._vms.process(vm)
+        if process is None:
+            raise Conflict(f"VM {vm} does not run on host {self.config.name}")
+        try:
+            return await sample(await self._vms.monitor(vm), process.pid, duration_s)
+        finally:
+            process.close()
+
+    # --- VMs -------------------------------------------------------------------------------------
+
+    async def start_vm(self, spec: VmSpec) -> None:
+        if self._movers.of_vm(spec.name) is not None:
+            raise Conflict(f"VM {spec.name} is being moved")
+        await self._vms.start(spec)
+
+    async def stop_vm(self, name: str, timeout_s: float) -> None:
+        await self._vms.stop(name, timeout_s)
+
+    async def kill_vm(self, name: str) -> None:
+        await self._vms.kill(name)
+
+    async def delete_vm(self, name: str) -> None:
+        if self._movers.of_vm(name) is not None:
+            raise Conflict(f"VM {name} is being moved")
+        await self._vms.delete(name)
+
+    async def vm_states(self) -> Mapping[str, VmState]:
+        return await self._vms.states()
+
+    async def vm_log(self, name: str, serial: bool, lines: int) -> str:
+        return self._vms.log(name, serial, lines)
+
+    async def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        process = self._vms.process(name)
+        if process is None:
+            raise Conflict(f"VM {name} does not run on host {self.config.name}: it has no console")
+        process.close()
+        async for chunk in self._consoles.join(self._vms.paths(name).serial_socket, received):
+            yield chunk
+
+    async def screendump(self, name: str) -> bytes:
+        monitor = await self._vms.monitor(name)
+        return await monitor.screendump()
+
+    # --- migrations ------------------------------------------------------------------------------
+
+    async def prepare(self, order: PrepareOrder) -> Prepared:
+        process = self._vms.process(order.spec.name)
+        if process is not None:
+            process.close()
+            raise Conflict(f"a VM {order.spec.name} runs already on host {self.config.name}")
+        return await self._movers.start_destination(
+            MoverJob(
+                role=Role.DESTINATION,
+                migration=order.migration,
+                spec=order.spec,
+                ram_blocks=order.ram_blocks,
+                state_dir=self.config.state_dir,
+            )
+        )
+
+    async def begin(self, order: BeginOrder) -> None:
+        vm = order.migration.vm
+        process = self._vms.process(vm)
+        if process is None:
+            raise Conflict(f"VM {vm} does not run on host {self.config.name}")
+        process.close()
+        self._movers.start_source(
+            MoverJob(
+                role=Role.SOURCE,
+                migration=order.migration,
+                spec=self._vms.spec(vm),
+                ram_blocks=order.ram_blocks,
+                state_dir=self.config.state_dir,
+                prepared=order.prepared,
+                switchover_cost_s=self._cost.expected_s(),
+            )
+        )
+
+    async def cancel(self, migration: str) -> CancelReply:
+        return await self._movers.cancel(migration, Role.SOURCE)
+
+    async def abandon(self, migration: str) -> None:
+        try:
+            await self._movers.cancel(migration, Role.DESTINATION)
+        except NotFound:
+            return
+
+    def _learn(self, update: MigrationUpdate) -> None:
+        if update.report is not None:
+            self._cost.learn(update.report.downtime)
+
+    # --- files -----------------------------------------------------------------------------------
+
+    async def _disk_obstacles(self, spec: VmSpec) -> list[str]:
+        user = self.config.vm_user
+        found = [await access_obstacle(disk.path, not disk.read_only, user) for disk in spec.disks]
+        return [obstacle for obstacle in found if obstacle]
+
+    async def _file_obstacles(self, spec: VmSpec) -> list[str]:
+        user = self.config.vm_user
+        found = [await access_obstacle(path, False, user) for path in (spec.kernel, spec.initrd) if path]
+        return [obstacle for obstacle in found if obstacle]

@@ -1,0 +1,1 @@
+"""Carries out what the state machines command: the process that moves one VM, at either end."""

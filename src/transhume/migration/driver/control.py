@@ -1,0 +1,80 @@
+"""The mover's control socket: the daemon listens to updates and passes on a person's wishes.
+
+One JSON object a line, both ways. From the mover: `{"update": {...}}`, `{"prepared": {...}}` and, as the
+answer to a cancel, `{"cancelled": {...}}`. To the mover: `{"command": "cancel"}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
+
+LINE_LIMIT_BYTES = 4 << 20
+
+
+class ControlServer:
+    """Serves a mover's control socket to any number of daemons, one after the other or at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.cancel: Callable[[], Awaitable[CancelReply]] | None = None
+        self._server: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+        self._latest: dict[str, bytes] = {}
+
+    async def open(self) -> None:
+        """Start to listen; a socket left by a dead predecessor is replaced."""
+        self._path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=LINE_LIMIT_BYTES)
+
+    def publish(self, update: MigrationUpdate) -> None:
+        """Send an update to whoever listens now, and the latest one to whoever comes later."""
+        self._send("update", update.model_dump(mode="json"))
+
+    def prepared(self, prepared: Prepared) -> None:
+        """Say where the destination waits."""
+        self._send("prepared", prepared.model_dump(mode="json"))
+
+    async def close(self) -> None:
+        """Stop to listen and end the connections, after what was sent has gone."""
+        if self._server is not None:
+            self._server.close()
+        for writer in self._writers:
+            try:
+                async with asyncio.timeout(1.0):
+                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
+            except (OSError, TimeoutError):
+                continue
+        self._path.unlink(missing_ok=True)
+
+    def _send(self, key: str, body: dict[str, Any]) -> None:
+        line = json.dumps({key: body}).encode() + b"\n"
+        self._latest[key] = line
+        for writer in self._writers:
+            writer.write(line)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
+        try:
+            for line in list(self._latest.values()):
+                writer.write(line)
+            while line := await reader.readline():
+                if json.loads(line).get("command") == "cancel" and self.cancel is not None:
+                    reply = await self.cancel()
+                    writer.write(json.dumps({"cancelled": reply.model_dump(mode="json")}).encode() + b"\n")
+        except (OSError, ValueError):
+            pass  # a daemon that died or spoke nonsense loses its connection, nothing else
+        finally:
+            self._writers.remove(writer)
+            writer.close()

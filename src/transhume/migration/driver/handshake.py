@@ -1,0 +1,111 @@
+"""How two movers come to trust a connection: challenge, proof, proof."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from dataclasses import dataclass
+
+from transhume.migration import wire
+from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.wire import Challenge, Decoder, End, FrameType, Hello, Role, Welcome
+from transhume.model.errors import HostLost, PeerProtocolError, Unauthorized
+from transhume.model.vm import PAGE_BYTES, RamBlock
+
+NONCE_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What one end knows of a migration before it connects."""
+
+    migration: str
+    source: str
+    destination: str
+    key: bytes
+    ram_blocks: tuple[RamBlock, ...]
+    silence_limit_s: float
+
+    @property
+    def block_pages(self) -> tuple[int, ...]:
+        return tuple(block.size_bytes // PAGE_BYTES for block in self.ram_blocks)
+
+
+def connect(address: str, port: int, identity: Identity, role: Role) -> FrameChannel:
+    """The source's side. Blocks.
+
+    Raises `HostLost`, `PeerProtocolError` or `Unauthorized`; nothing stays open then.
+    """
+    peer = f"host {identity.destination}"
+    try:
+        sock = socket.create_connection((address, port), timeout=identity.silence_limit_s)
+    except OSError as error:
+        raise HostLost(f"{peer} cannot be reached at {address}:{port}: {error.strerror or error}") from None
+    channel = FrameChannel(sock, Decoder(End.DESTINATION), peer, identity.silence_limit_s)
+    try:
+        _introduce(channel, identity, role)
+    except (HostLost, PeerProtocolError, Unauthorized):
+        channel.close()
+        raise
+    return channel
+
+
+def accept(sock: socket.socket, identity: Identity) -> tuple[FrameChannel, Role]:
+    """The destination's side, for a connection just accepted. Blocks; errors as `connect`."""
+    channel = FrameChannel(sock, Decoder(End.SOURCE), f"host {identity.source}", identity.silence_limit_s)
+    try:
+        return channel, _examine(channel, identity)
+    except (HostLost, PeerProtocolError, Unauthorized):
+        channel.close()
+        raise
+
+
+def _introduce(channel: FrameChannel, identity: Identity, role: Role) -> None:
+    challenge = _expect(channel, FrameType.CHALLENGE)
+    assert isinstance(challenge, Challenge)
+    channel.decoder.version = wire.choose_version(challenge)
+    nonce = secrets.token_hex(NONCE_BYTES)
+    proof = wire.prove(identity.key, End.SOURCE, challenge.nonce, identity.migration, role)
+    channel.send(
+        Hello(
+            migration=identity.migration,
+            role=role,
+            source=identity.source,
+            proof=proof,
+            nonce=nonce,
+            ram_blocks=identity.ram_blocks,
+        )
+    )
+    welcome = _expect(channel, FrameType.WELCOME)
+    assert isinstance(welcome, Welcome)
+    wire.check_proof(welcome.proof, identity.key, End.DESTINATION, nonce, identity.migration, role)
+
+
+def _examine(channel: FrameChannel, identity: Identity) -> Role:
+    nonce = secrets.token_hex(NONCE_BYTES)
+    channel.send(Challenge(nonce=nonce, oldest_version=wire.OLDEST_VERSION, newest_version=wire.VERSION))
+    header = channel.receive_header()
+    if header.type is not FrameType.HELLO:
+        raise PeerProtocolError(f"{channel.peer} sent {header.type.name} before it said who it is.")
+    hello = channel.receive_message(header)
+    assert isinstance(hello, Hello)
+    channel.decoder.version = header.version
+    if hello.migration != identity.migration:
+        raise Unauthorized(f"{channel.peer} came for migration {hello.migration}, not {identity.migration}.")
+    wire.check_proof(hello.proof, identity.key, End.SOURCE, nonce, identity.migration, hello.role)
+    wire.check_ram_blocks(hello.ram_blocks, identity.ram_blocks)
+    channel.decoder.block_pages = identity.block_pages
+    proof = wire.prove(identity.key, End.DESTINATION, hello.nonce, identity.migration, hello.role)
+    channel.send(Welcome(proof=proof, destination=identity.destination))
+    return hello.role
+
+
+def _expect(channel: FrameChannel, kind: FrameType) -> wire.Message:
+    header = channel.receive_header()
+    if header.type is FrameType.FAILED:
+        failed = channel.receive_message(header)
+        assert isinstance(failed, wire.Failed)
+        raise PeerProtocolError(f"{channel.peer} refused the connection: {failed.message}")
+    if header.type is not kind:
+        raise PeerProtocolError(f"{channel.peer} sent {header.type.name} where {kind.name} was due.")
+    return channel.receive_message(header)

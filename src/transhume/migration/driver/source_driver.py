@@ -1,0 +1,507 @@
+"""Carries out the source machine's commands: QEMU, guest RAM, and the connection to the destination.
+
+Threads: the event loop runs the machine and talks to QEMU; one data thread reads and sends memory; one
+reader thread takes what the destination says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from transhume.memory import runs as page_runs
+from transhume.memory.digest import digest
+from transhume.memory.ram import GuestRam
+from transhume.memory.runs import Runs
+from transhume.migration import events as ev
+from transhume.migration import wire
+from transhume.migration.driver.attach import TrackedRam
+from transhume.migration.driver.control import ControlServer
+from transhume.migration.driver.handshake import Identity, connect
+from transhume.migration.driver.job import MoverJob
+from transhume.migration.driver.journal import Journal
+from transhume.migration.driver.loop import Driver, Handler, clock_of
+from transhume.migration.machine import Command, Event
+from transhume.migration.progress import ProgressTracker
+from transhume.migration.register import Register
+from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
+from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.pace import Pace
+from transhume.migration.transfer.sender import PageSender, SentPages
+from transhume.model.errors import HostLost, PeerProtocolError, TimedOut, TranshumeError, VmmError
+from transhume.model.migration import Engine, Outcome, Phase
+from transhume.model.orders import MigrationUpdate
+from transhume.vmm.device_state import OutgoingState, prepare_save
+from transhume.vmm.monitor import Monitor
+from transhume.vmm.native import NativeOptions, NativeOutgoing
+from transhume.vmm.paths import VmPaths
+from transhume.vmm.process import QemuProcess, find_running
+
+SLICE_PAGES = 2048
+"""A pass goes in slices of 8 MiB, so that an interrupted one knows what is left."""
+
+STUCK_S = 1.0
+QUIT_LIMIT_S = 3.0
+Result = TypeVar("Result")
+
+COMMITTED_STATES = frozenset({SourceState.COMMITTED.value, SourceState.RETIRING.value})
+MAY_COMMIT_STATES = frozenset(state.value for state in DESTINATION_MAY_COMMIT)
+
+
+class SourceDriver(Driver[SourceState]):
+    """The source's mover."""
+
+    lasting = frozenset(
+        {
+            ev.SwapToSource,
+            ev.ResumeVm,
+            ev.TellPeerAborted,
+            ev.RetireVm,
+            ev.TellPeerFinished,
+        }
+    )
+
+    def __init__(
+        self, job: MoverJob, paths: VmPaths, journal: Journal, register: Register, control: ControlServer
+    ) -> None:
+        self._predecessor_state = journal.last_state()
+        ram_bytes = sum(block.size_bytes for block in job.ram_blocks)
+        machine = SourceMachine(job.migration, ram_bytes, time.monotonic())
+        super().__init__(job, machine, journal, register, control)
+        self._source = machine
+        self._paths = paths
+        self._options = job.migration.options
+        self._progress = ProgressTracker(job.migration.id, job.migration.vm, self._options, time.monotonic())
+        self._data_thread = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._data_busy = False
+        self._process: QemuProcess | None = None
+        self._monitor: Monitor | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._tracked: TrackedRam | None = None
+        self._channel: FrameChannel | None = None
+        self._native_channel: FrameChannel | None = None
+        self._reader: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._interrupt = threading.Event()
+        self._pace = Pace(self._options.bandwidth_bytes_s)
+        self._left: list[Runs] = []
+        self._answers: dict[wire.FrameType, asyncio.Future[wire.Message]] = {}
+        self._outgoing: OutgoingState | None = None
+        self._native: NativeOutgoing | None = None
+        self._load_ms = 0.0
+        self._commit_ms = 0.0
+        self._beat_s = 0.0
+
+    # --- the frame's questions -------------------------------------------------------------------
+
+    def handlers(self) -> Mapping[type[Command], Handler]:
+        return {
+            ev.ConnectPeer: self._connect_peer,
+            ev.ArmTracking: self._arm_tracking,
+            ev.SendPass: self._send_pass,
+            ev.InterruptPass: self._interrupt_pass,
+            ev.RunNative: self._run_native,
+            ev.PauseVm: self._pause_vm,
+            ev.SendLastPages: self._send_last_pages,
+            ev.SendState: self._send_state,
+            ev.SwapToSource: self.swap_to_source,
+            ev.ResumeVm: self._resume_vm,
+            ev.TellPeerAborted: self._tell_peer_aborted,
+            ev.RetireVm: self._retire_vm,
+            ev.TellPeerFinished: self._tell_peer_finished,
+        }
+
+    @property
+    def past_point_of_no_return(self) -> bool:
+        return self._source.past_point_of_no_return
+
+    async def begin(self) -> Event | None:
+        """Find the VM; a successor also finds how far its predecessor came."""
+        await self._attach_vm()
+        before = self._predecessor_state
+        if before is None:
+            return ev.Started()
+        if before in COMMITTED_STATES:
+            # The register has the last word, and it cannot have changed since.
+            return ev.Recovered(state_may_be_sent=True)
+        return ev.Recovered(state_may_be_sent=before in MAY_COMMIT_STATES)
+
+    def update(self) -> MigrationUpdate:
+        now_s = time.monotonic()
+        machine = self._source
+        return MigrationUpdate(
+            migration=self.migration.id,
+            host=self.migration.source,
+            phase=machine.phase,
+            outcome=machine.outcome if machine.finished else Outcome.RUNNING,
+            runs_at=machine.runs_at,
+            error_code=machine.error_code,
+            error=machine.error,
+            progress=self._progress.snapshot(machine.phase, now_s, clock_of),
+            report=machine.report(now_s),
+        )
+
+    def stop_work(self) -> None:
+        self._stop.set()
+        self._loop.call_later(STUCK_S, self._cut_if_stuck)
+
+    def _cut_if_stuck(self) -> None:
+        """A data thread that does not stop by itself hangs on a dead link."""
+        if self._data_busy and self._channel is not None:
+            self._channel.shutdown("the migration was given up")
+
+    async def tick(self, now_s: float) -> None:
+        """A sign of life when nothing else travels; QEMU's own numbers for its own engine."""
+        beat_s = min(1.0, self._options.peer_silence_limit_s / 4)
+        if self._channel is not None and not self._data_busy and now_s - self._beat_s >= beat_s:
+            self._beat_s = now_s
+            await asyncio.to_thread(self._send_if_open, wire.Ping(token=int(now_s * 1000)))
+        if self._native is not None and self._source.phase is Phase.PRECOPY:
+            native = await self._native.progress()
+            self._progress.native(
+                native.transferred_bytes,
+                native.remaining_bytes,
+                native.dirty_pages_s * 4096.0,
+                native.iteration,
+                native.expected_downtime_ms,
+                now_s,
+            )
+
+    async def close(self) -> None:
+        self._stop.set()
+        for channel in (self._channel, self._native_channel):
+            if channel is not None:
+                channel.shutdown()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._data_thread.shutdown(wait=True)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.join)
+        if self._tracked is not None:
+            self._tracked.close()
+        if self._monitor is not None:
+            await self._monitor.close()
+        if self._process is not None:
+            self._process.close()
+
+    # --- on the way ------------------------------------------------------------------------------
+
+    async def _attach_vm(self) -> None:
+        process = find_running(self._paths)
+        if process is None:
+            self.post(ev.QemuDied("it was not running when the mover started"))
+            return
+        self._process = process
+        self._watcher = asyncio.create_task(self._watch(process), name="watch QEMU")
+        self._monitor = await Monitor.connect(self._paths.mover_qmp_socket)
+
+    async def _watch(self, process: QemuProcess) -> None:
+        await process.wait()
+        self.post(ev.QemuDied("its process ended"))
+
+    def _qemu(self) -> Monitor:
+        if self._monitor is None:
+            raise VmmError(f"QEMU of VM {self.migration.vm} cannot be reached")
+        return self._monitor
+
+    async def _connect_peer(self, _: ev.ConnectPeer) -> Event:
+        channel = await asyncio.to_thread(self._open_channel, wire.Role.MAIN)
+        self._channel = channel
+        self._reader = threading.Thread(target=self._read, args=(channel,), name="reader", daemon=True)
+        self._reader.start()
+        return ev.Connected()
+
+    def _open_channel(self, role: wire.Role) -> FrameChannel:
+        prepared = self.job.prepared
+        assert prepared is not None
+        assert self._process is not None
+        ram = GuestRam.of_process(self._process.pid)
+        try:
+            blocks = ram.ram_blocks
+        finally:
+            ram.close()
+        identity = Identity(
+            migration=self.migration.id,
+            source=self.migration.source,
+            destination=self.migration.destination,
+            key=bytes.fromhex(prepared.key),
+            ram_blocks=blocks,
+            silence_limit_s=self._options.peer_silence_limit_s,
+        )
+        return connect(prepared.address, prepared.port, identity, role)
+
+    async def _arm_tracking(self, _: ev.ArmTracking) -> Event:
+        monitor = self._qemu()
+        # Opens the connection to the register now, so that an abort at the switchover need not.
+        await self._register.ownership(self.migration.vm)
+        if self._options.engine is Engine.TRANSHUME:
+            assert self._process is not None
+            self._tracked = await TrackedRam.attach(monitor, self._process.pid)
+            await self._in_data_thread(self._tracked.tracker.arm)
+            await prepare_save(monitor)
+        return ev.Armed(self.job.switchover_cost_s)
+
+    async def _send_pass(self, command: ev.SendPass) -> Event:
+        tracked = self._tracked
+        assert tracked is not None
+        runs = tracked.ram.populated_runs() if command.index == 0 else self._left
+        self._progress.pass_started(command.index, _count(runs))
+        began_s = time.monotonic()
+        sent, unsent = await self._in_data_thread(self._send_runs, runs, True)
+        acknowledged = self._expect(wire.FrameType.PASS_ACK)
+        await self._send(wire.PassEnd(iteration=command.index, pages=sent.pages, zero_pages=sent.zero_pages))
+        await acknowledged
+        duration_s = time.monotonic() - began_s
+        dirty = await self._in_data_thread(tracked.tracker.collect)
+        self._left = [page_runs.union(*pair) for pair in zip(dirty, unsent, strict=True)]
+        result = ev.PassResult(
+            index=command.index,
+            pages=sent.pages,
+            zero_pages=sent.zero_pages,
+            wire_bytes=sent.wire_bytes,
+            duration_s=duration_s,
+            dirty_pages_after=_count(dirty),
+            unsent_pages=_count(self._left) - _count(dirty),
+        )
+        self._progress.pass_ended(result, None)
+        return ev.PassEnded(result)
+
+    async def _interrupt_pass(self, _: ev.InterruptPass) -> None:
+        self._interrupt.set()
+
+    def _send_runs(self, runs: list[Runs], paced: bool) -> tuple[SentPages, list[Runs]]:
+        """In the data thread: send the runs of each block; what an interruption left comes back."""
+        assert self._channel is not None
+        assert self._tracked is not None
+        sender = PageSender(self._channel, self._tracked.ram, self._stop, self._on_progress)
+        sent = SentPages()
+        unsent = [page_runs.empty() for _ in runs]
+        for index, block_runs in enumerate(runs):
+            slices = list(page_runs.batches(block_runs, SLICE_PAGES, SLICE_PAGES))
+            for number, piece in enumerate(slices):
+                if paced and self._interrupt.is_set():
+                    unsent[index] = _join(slices[number:])
+                    break
+                sent += sender.send(index, piece, self._pace if paced else None)
+                if self._stop.is_set():
+                    raise HostLost("the pass was given up")
+        return sent, unsent
+
+    def _on_progress(self, pages: int, wire_bytes: int) -> None:
+        now_s = time.monotonic()
+        self._loop.call_soon_threadsafe(self._progress.sent, pages, wire_bytes, now_s)
+
+    async def _pause_vm(self, _: ev.PauseVm) -> Event:
+        await self._qemu().stop()
+        return ev.VmPaused()
+
+    async def _send_last_pages(self, _: ev.SendLastPages) -> Event:
+        began_s = time.monotonic()
+        sent = await self._in_data_thread(self._send_rest)
+        duration_s = time.monotonic() - began_s
+        digests: tuple[str, ...] = ()
+        if self._options.verify:
+            assert self._tracked is not None
+            blocks = self._tracked.ram.blocks
+            digests = await self._in_data_thread(lambda: tuple(digest(block) for block in blocks))
+        verified = self._expect(wire.FrameType.PAGES_VERIFIED)
+        await self._send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
+        if self._options.verify:
+            await verified
+        verify_s = time.monotonic() - began_s - duration_s if self._options.verify else 0.0
+        result = ev.PassResult(
+            index=len(self._source.passes),
+            pages=sent.pages,
+            zero_pages=sent.zero_pages,
+            wire_bytes=sent.wire_bytes,
+            duration_s=duration_s,
+            dirty_pages_after=0,
+        )
+        return ev.LastPagesSent(result, verify_s)
+
+    def _send_rest(self) -> SentPages:
+        """In the data thread: the VM is paused, so this scan is the last."""
+        assert self._tracked is not None
+        dirty = self._tracked.tracker.collect()
+        runs = [page_runs.union(*pair) for pair in zip(dirty, self._left, strict=True)]
+        sent, _ = self._send_runs(runs, paced=False)
+        return sent
+
+    async def _send_state(self, _: ev.SendState) -> Event:
+        if self._options.engine is Engine.QEMU:
+            await self._send(
+                wire.LastPagesEnd(pages=0, zero_pages=0),
+                wire.StateEnd(length_bytes=0, sha256=hashlib.sha256().hexdigest()),
+            )
+            return ev.StateSent(0)
+        assert self._channel is not None
+        fingerprint = hashlib.sha256()
+        length_bytes = 0
+        self._outgoing = await OutgoingState.begin(self._qemu())
+        async for chunk in self._outgoing.chunks():
+            fingerprint.update(chunk)
+            length_bytes += len(chunk)
+            await self._in_data_thread(self._channel.send_state, chunk)
+        await self._outgoing.finish()
+        await self._send(wire.StateEnd(length_bytes=length_bytes, sha256=fingerprint.hexdigest()))
+        return ev.StateSent(length_bytes)
+
+    # --- QEMU's own engine -----------------------------------------------------------------------
+
+    async def _run_native(self, _: ev.RunNative) -> Event:
+        """QEMU copies, stops the VM by itself and sends everything; the end mark goes through our channel."""
+        channel = await asyncio.to_thread(self._open_channel, wire.Role.NATIVE)
+        self._native_channel = channel
+        options = NativeOptions(
+            downtime_limit_ms=max(1, int(self._options.max_downtime_ms)),
+            max_bandwidth_bytes_s=self._options.bandwidth_bytes_s,
+        )
+        self._native = await NativeOutgoing.begin(self._qemu(), channel.fileno(), options)
+        began_s = time.monotonic()
+        await self._native.wait_stopped()
+        self.post(ev.VmPaused())
+        native = await self._native.finish()
+        self._progress.native(native.transferred_bytes, 0, 0.0, native.iteration, None, time.monotonic())
+        return ev.LastPagesSent(
+            ev.PassResult(
+                index=native.iteration,
+                pages=native.normal_pages,
+                zero_pages=native.zero_pages,
+                wire_bytes=native.transferred_bytes,
+                duration_s=time.monotonic() - began_s,
+                dirty_pages_after=0,
+            )
+        )
+
+    # --- back, or on -----------------------------------------------------------------------------
+
+    async def _resume_vm(self, _: ev.ResumeVm) -> Event:
+        """Let the VM go on here, first of all; then take the tracking off it."""
+        if self._monitor is None and self._process is not None:
+            self._monitor = await Monitor.connect(self._paths.mover_qmp_socket)
+        monitor = self._qemu()
+        if self._outgoing is not None:
+            await self._outgoing.cancel()
+        if self._native is not None:
+            await self._native.cancel()
+        if await monitor.status() != "running":
+            await monitor.cont()
+        await self._untrack()
+        return ev.VmResumed()
+
+    async def _untrack(self) -> None:
+        """Best effort: a guest that is still tracked is slower, and right all the same."""
+        try:
+            if self._tracked is None and self._predecessor_state is not None and self._process is not None:
+                self._tracked = await TrackedRam.attach(self._qemu(), self._process.pid)
+            if self._tracked is not None:
+                await self._in_data_thread(self._tracked.tracker.disarm)
+        except TranshumeError as error:
+            self._log(f"tracking could not be taken off: {error.message}")
+
+    async def _tell_peer_aborted(self, command: ev.TellPeerAborted) -> None:
+        if self._channel is not None:
+            await self._in_data_thread(self._send_if_open, wire.Abort(reason=command.message))
+
+    async def _tell_peer_finished(self, _: ev.TellPeerFinished) -> None:
+        if self._channel is not None:
+            await self._in_data_thread(self._send_if_open, wire.Finished())
+
+    async def _retire_vm(self, _: ev.RetireVm) -> Event:
+        process = self._process
+        if self._watcher is not None:
+            self._watcher.cancel()
+        if process is not None:
+            try:
+                await self._qemu().quit()
+                await process.wait(QUIT_LIMIT_S)
+            except (VmmError, TimedOut):
+                await process.kill()
+        shutil.rmtree(self._paths.directory, ignore_errors=True)
+        return ev.VmRetired()
+
+    # --- the connection --------------------------------------------------------------------------
+
+    def _read(self, channel: FrameChannel) -> None:
+        """The reader thread: everything that the destination says, until the connection ends."""
+        try:
+            while True:
+                header = channel.receive_header()
+                message = channel.receive_message(header)
+                self._loop.call_soon_threadsafe(self._hear, message)
+        except (HostLost, PeerProtocolError) as error:
+            self._loop.call_soon_threadsafe(self._lose_link, error)
+
+    def _hear(self, message: wire.Message) -> None:
+        self.post(ev.PeerHeard())
+        waiting = self._answers.pop(message.frame_type, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(message)
+        if isinstance(message, wire.StateLoaded):
+            self._load_ms = message.load_ms
+        elif isinstance(message, wire.Committed):
+            self._commit_ms = message.commit_ms
+            self.post(ev.PeerCommitted())
+        elif isinstance(message, wire.Running):
+            self.post(ev.PeerRunning(self._load_ms / 1000, self._commit_ms / 1000, message.resume_ms / 1000))
+        elif isinstance(message, wire.Failed):
+            if message.definitive:
+                self.post(ev.PeerFailed(message.code, message.message))
+            else:
+                self.post(ev.LinkLost(message.code, message.message))
+
+    def _lose_link(self, error: TranshumeError) -> None:
+        self.post(ev.LinkLost(error.code, error.message))
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()  # whoever waits hears it; nobody waiting is no mistake
+        self._answers.clear()
+
+    def _expect(self, kind: wire.FrameType) -> asyncio.Future[wire.Message]:
+        """The next frame of a kind. Ask before the frame that causes it is sent."""
+        future: asyncio.Future[wire.Message] = self._loop.create_future()
+        self._answers[kind] = future
+        return future
+
+    async def _send(self, *messages: wire.Message) -> None:
+        channel = self._channel
+        assert channel is not None
+
+        def send_all() -> None:
+            for message in messages:
+                channel.send(message)
+
+        await self._in_data_thread(send_all)
+
+    def _send_if_open(self, message: wire.Message) -> None:
+        """For words whose loss changes nothing."""
+        assert self._channel is not None
+        try:
+            self._channel.send(message)
+        except HostLost:
+            return
+
+    async def _in_data_thread(self, call: Callable[..., Result], *arguments: object) -> Result:
+        self._data_busy = True
+        try:
+            return await self._loop.run_in_executor(self._data_thread, call, *arguments)
+        finally:
+            self._data_busy = False
+
+
+def _count(runs: list[Runs]) -> int:
+    return sum(page_runs.page_count(each) for each in runs)
+
+
+def _join(pieces: list[Runs]) -> Runs:
+    joined = page_runs.empty()
+    for piece in pieces:
+        joined = page_runs.union(joined, piece)
+    return joined
