@@ -69,7 +69,7 @@ class Userfaultfd:
             self._ioctl(_API, struct.pack("QQQ", _API_VERSION, FEATURES, 0))
         except OSError as error:
             # EINVAL is also the kernel's answer for an unknown feature, so ask it on a fresh one.
-            if error.errno != errno.EINVAL or not kernel_has(FEATURES):
+            if error.errno != errno.EINVAL or not _kernel_has(FEATURES):
                 raise KernelError(
                     "The kernel's userfaultfd lacks asynchronous write protection "
                     f"({error.strerror}). Boot Linux 6.7 or newer."
@@ -175,13 +175,30 @@ def find_existing(pid: int) -> Userfaultfd | None:
     return None
 
 
-def kernel_has(features: int) -> bool:
-    """Whether the running kernel grants all these features to a fresh userfaultfd of this process."""
+def create_here() -> Userfaultfd:
+    """A userfaultfd of this process, enabled: for trials and tests."""
+    uffd = Userfaultfd(_new_here(), "this process")
+    try:
+        uffd.enable()
+    except KernelError:
+        uffd.close()
+        raise
+    return uffd
+
+
+def _new_here() -> int:
     device = open_device()
     try:
-        fd = fcntl.ioctl(device, _IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        return fcntl.ioctl(device, _IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError(f"The kernel creates no userfaultfd: {error.strerror}.") from None
     finally:
         os.close(device)
+
+
+def _kernel_has(features: int) -> bool:
+    """Whether the running kernel grants all these features to a fresh userfaultfd."""
+    fd = _new_here()
     try:
         fcntl.ioctl(fd, _API, bytearray(struct.pack("QQQ", _API_VERSION, features, 0)))
     except OSError:

@@ -22,14 +22,14 @@ import numpy as np
 
 from transhume.memory import runs as page_runs
 from transhume.memory import zero
-from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam
+from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam, Words
 from transhume.memory.runs import Runs
 from transhume.migration import wire
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.pace import Pace
 from transhume.model.vm import PAGE_BYTES
 
-BATCH_PAGES = 512
+BATCH_PAGES = 256
 _LEAST_BATCH_PAGES = 16
 _BATCH_RUNS = 512
 _LONG_RUN_PAGES = 16
@@ -132,14 +132,8 @@ class PageSender:
             self._batch_pages = min(BATCH_PAGES, self._batch_pages * 2)
 
     def _send_long(self, block: GuestBlock, runs: Runs) -> SentPages:
-        present = np.concatenate([block.populated_runs(first, count) for first, count in runs.tolist()])
-        zeros, data = page_runs.empty(), present
-        if len(present):
-            first_page = int(present[0, 0])
-            words = block.window(first_page, int(present[-1].sum()) - first_page)
-            zeros, data = zero.split(words, first_page, present)
-        holes = page_runs.subtract(runs, present)
-        sent = self._send_zeros(block, page_runs.union(holes, zeros))
+        zeros, data, _ = self._look_at(block, runs)
+        sent = self._send_zeros(block, zeros)
         if len(data) == 0:
             return sent
         begin = wire.encode_pages(block.block.index, data, self._channel.version)
@@ -150,6 +144,18 @@ class PageSender:
         return sent + _counted(data, len(begin))
 
     def _send_short(self, block: GuestBlock, runs: Runs) -> SentPages:
+        zeros, data, content = self._look_at(block, runs)
+        sent = self._send_zeros(block, zeros)
+        if len(data) == 0:
+            return sent
+        begin = wire.encode_pages(block.block.index, data, self._channel.version)
+        with self._channel.frame():
+            self._channel.write(begin, more=True)
+            self._channel.write(content.data)
+        return sent + _counted(data, len(begin))
+
+    def _look_at(self, block: GuestBlock, runs: Runs) -> tuple[Runs, Runs, Words]:
+        """Copy the pages; return the runs of zero pages, those of the others, and the others' content."""
         position = 0
         for first, count in runs.tolist():
             end = position + count * PAGE_BYTES
@@ -158,15 +164,7 @@ class PageSender:
         words = np.frombuffer(self._buffer[:position], dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
         is_zero = zero.zero_pages(words)
         zeros, data = zero.by_content(runs, is_zero)
-        sent = self._send_zeros(block, zeros)
-        if len(data) == 0:
-            return sent
-        begin = wire.encode_pages(block.block.index, data, self._channel.version)
-        content = words[~is_zero] if len(zeros) else words
-        with self._channel.frame():
-            self._channel.write(begin, more=True)
-            self._channel.write(content.data)
-        return sent + _counted(data, len(begin))
+        return zeros, data, words[~is_zero] if len(zeros) else words
 
     def _send_zeros(self, block: GuestBlock, runs: Runs) -> SentPages:
         if len(runs) == 0:
