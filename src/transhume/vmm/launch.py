@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import grp
 import os
-import pwd
 import resource
 import shutil
 import subprocess
@@ -14,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transhume.model.errors import Refused, VmmError
+from transhume.model.errors import VmmError
 from transhume.model.vm import RamBlock, VmSpec
 from transhume.vmm.command_line import DEFAULT_BINARY, build_command, ram_blocks
 from transhume.vmm.log import last_words, log_size
@@ -22,8 +20,11 @@ from transhume.vmm.monitor import Monitor
 from transhume.vmm.paths import VmPaths, make_vm_dir
 from transhume.vmm.process import QemuProcess, RunRecord, boot_id, forget, save_record, start_time_ticks
 from transhume.vmm.qmp import Qmp
+from transhume.vmm.rights import user_rights
 
 OPEN_FILES_MAX = 8192
+
+DEATH_THROES_S = 1.0
 
 _RAM_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -55,6 +56,7 @@ async def launch(
     """
     make_vm_dir(paths, vm_user)
     forget(paths)
+    paths.spec_file.write_text(spec.model_dump_json())
     said_before_bytes = log_size(paths)
     process = _spawn(spec, paths, vm_user, incoming, binary)
     try:
@@ -86,19 +88,6 @@ def create_ram(blocks: Sequence[RamBlock]) -> list[int]:
         _close_all(fds)
         raise VmmError(f"no memory for the guest's RAM: {error.strerror}") from error
     return fds
-
-
-def user_rights(vm_user: str) -> tuple[int, int, list[int]]:
-    """User, group and further groups that QEMU gets: `kvm`, where that group exists, and nothing else."""
-    try:
-        entry = pwd.getpwnam(vm_user)
-    except KeyError:
-        raise Refused(f"there is no user {vm_user} for QEMU to run as: run the set-up again") from None
-    try:
-        further = [grp.getgrnam("kvm").gr_gid]
-    except KeyError:
-        further = []
-    return entry.pw_uid, entry.pw_gid, further
 
 
 def _spawn(spec: VmSpec, paths: VmPaths, vm_user: str, incoming: bool, binary: str) -> QemuProcess:
@@ -158,7 +147,10 @@ async def _connect(
     death = asyncio.create_task(process.wait())
     try:
         await asyncio.wait((connecting, death), return_when=asyncio.FIRST_COMPLETED)
-        if not connecting.done():
+        if connecting.done() and connecting.exception() is not None:
+            # A QEMU on its way out may have taken the connection before it went.
+            await asyncio.wait((death,), timeout=DEATH_THROES_S)
+        if death.done():
             raise VmmError(
                 f"VM {spec.name}: QEMU ended after {time.monotonic() - began_s:.1f} s, "
                 f"before it could be used; it said: {last_words(paths, said_before_bytes)}"
