@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transhume.model.errors import VmmError
 from transhume.vmm.command_line import DEFAULT_BINARY
-from transhume.vmm.launch import user_rights
 from transhume.vmm.qmp import Qmp
+from transhume.vmm.rights import user_rights
 
 KVM_DEVICE = Path("/dev/kvm")
 
@@ -76,9 +76,7 @@ def kvm_obstacle(vm_user: str, flags: Iterable[str] | None = None, device: Path 
     try:
         node = device.stat()
     except OSError:
-        return (
-            f"KVM is not there: {device} is missing; load kvm_intel or kvm_amd, or switch it on in the BIOS"
-        )
+        return f"KVM is not there: {device} is missing; load the module kvm_intel or kvm_amd"
     uid, gid, further = user_rights(vm_user)
     if not _may_read_and_write(node, uid, (gid, *further)):
         return f"KVM is closed to {vm_user}: {device} is not readable and writable; give it to the group kvm"

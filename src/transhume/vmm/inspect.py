@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from transhume.model.errors import VmmError
-from transhume.vmm.launch import user_rights
 from transhume.vmm.monitor import Monitor
+from transhume.vmm.rights import user_rights
 
 _PASSED_THROUGH = "vfio-"
 _OUTSIDE_DEVICES = "vhost-user-"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import pwd
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from transhume.model.errors import Refused
+from transhume.vmm.rights import user_rights
 
 UNIX_PATH_LIMIT_BYTES = 107
 """Longest path of a Unix socket (`sun_path` holds 108 bytes with the final zero)."""
@@ -75,7 +75,7 @@ def make_vm_dir(paths: VmPaths, vm_user: str) -> None:
     write, and the sticky bit keeps it from replacing files that are not its own.
     """
     paths.check_lengths()
-    group = pwd.getpwnam(vm_user).pw_gid
+    _, group, _ = user_rights(vm_user)
     paths.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chown(paths.directory, os.geteuid(), group)
     paths.directory.chmod(stat.S_ISVTX | 0o770)
