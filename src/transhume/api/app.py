@@ -1,0 +1,95 @@
+"""The daemon's application: what each host answers, and what only the controller's host does.
+
+/host/v1/…         what the controller asks of this host (`HostLink`)
+/controller/v1/…   what hosts and movers ask of the controller (`ControllerLink`)
+/v1/…              what a person or a program asks of the farm; a member passes it on to the controller
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from transhume import __version__
+from transhume.api.controller_routes import controller_router
+from transhume.api.farm_routes import farm_router
+from transhume.api.forward import farm_client, forward_router
+from transhume.api.gate import Gate
+from transhume.api.host_routes import host_router
+from transhume.api.problem import CONTENT_TYPE, encode_problem
+from transhume.farm.controller import Controller
+from transhume.farm.host_link import HostLink
+from transhume.host.config import HostConfig
+from transhume.model.errors import NotFound, Refused, TranshumeError
+
+log = logging.getLogger(__name__)
+
+
+def create_app(config: HostConfig, host: HostLink, controller: Controller | None) -> Gate:
+    """The application of one daemon, to be given to `transhume.api.server.serve`.
+
+    `host` is this machine's own service. `controller` is given on the host that carries it (and started by
+    the caller); without one, requests to the farm are passed on to the address in `config`.
+    """
+    app = FastAPI(title="Transhume", version=__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(TranshumeError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.include_router(host_router(config, host))
+    if controller is None:
+        client = farm_client(config)
+        app.include_router(forward_router(config, client))
+        return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret), client.aclose)
+    app.include_router(controller_router(controller))
+    app.include_router(farm_router(config, controller))
+    return Gate(app, config.name, controller.members.authenticates)
+
+
+def _is_own(config: HostConfig, name: str, secret: str) -> bool:
+    return hmac.compare_digest(config.secret.encode(), secret.encode()) and name == config.name
+
+
+def _answer(error: TranshumeError, status: int | None = None) -> Response:
+    return Response(
+        encode_problem(error, status),
+        status_code=error.status if status is None else status,
+        media_type=CONTENT_TYPE,
+    )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, TranshumeError)
+    return _answer(error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    faults = [
+        f"{'.'.join(str(part) for part in fault['loc'][1:]) or 'the body'}: {fault['msg']}"
+        for fault in error.errors()
+    ]
+    return _answer(Refused(f"the request is not valid: {'; '.join(faults)}"))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = NotFound if error.status_code == NotFound.status else Refused
+    return _answer(
+        kind(f"this daemon does not know {request.method} {request.url.path}; is it of another release?"),
+        error.status_code,
+    )
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    # The server writes the traceback to the log; it is of no use to whoever asked.
+    return _answer(
+        TranshumeError(
+            f"an unexpected {type(error).__name__} stopped this request; the daemon's daemon.log tells where"
+        )
+    )

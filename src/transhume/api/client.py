@@ -1,0 +1,150 @@
+"""The farm, seen from a program: what the CLI uses, over a daemon's local socket or over TCP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from transhume.api.console_client import join_console
+from transhume.api.http_calls import HttpCalls
+from transhume.api.http_connection import authority
+from transhume.api.problem import from_problem
+from transhume.api.schemas import LogText, Pong
+from transhume.farm.events import MigrationEvent
+from transhume.farm.members import HostStatus, Invitation, Joined
+from transhume.model.errors import PeerProtocolError
+from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome
+from transhume.model.orders import CancelReply
+from transhume.model.vm import Vm, VmSpec
+
+_HOSTS: TypeAdapter[list[HostStatus]] = TypeAdapter(list[HostStatus])
+_VMS: TypeAdapter[list[Vm]] = TypeAdapter(list[Vm])
+_MIGRATIONS: TypeAdapter[list[Migration]] = TypeAdapter(list[Migration])
+
+STREAM_SILENCE_S = 20.0
+"""A stream beats every few seconds; one that is silent for so long has lost its other end."""
+
+
+class FarmClient:
+    """The API's verbs. Raises the errors of `transhume.model.errors`, `HostLost` when no daemon answers.
+
+    `target` is the path of a daemon's local socket, or an address and a port; over TCP `bearer` is
+    `<host name>:<secret>`. Close it, or use it with `async with`.
+    """
+
+    def __init__(self, target: tuple[str, int] | Path, bearer: str | None = None) -> None:
+        where = str(target) if isinstance(target, Path) else authority(*target)
+        self._target = target
+        self._bearer = bearer
+        self._calls = HttpCalls(f"the daemon at {where}", target, "", bearer)
+
+    async def __aenter__(self) -> FarmClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._calls.close()
+
+    async def ping(self) -> Pong:
+        """The daemon itself, whether or not it reaches the controller. For local callers."""
+        return await self._calls.ask("GET", "/host/v1/ping", Pong, timeout_s=5.0)
+
+    async def hosts(self) -> list[HostStatus]:
+        return await self._calls.ask("GET", "/v1/hosts", _HOSTS)
+
+    async def invite(self, ttl_s: float | None = None) -> Invitation:
+        return await self._calls.ask("POST", "/v1/tokens", Invitation, {"ttl_s": ttl_s})
+
+    async def join(self, token: str, name: str, address: str, port: int) -> Joined:
+        body = {"token": token, "name": name, "address": address, "port": port}
+        return await self._calls.ask("POST", "/v1/join", Joined, body)
+
+    async def remove_host(self, name: str) -> None:
+        await self._calls.send("DELETE", f"/v1/hosts/{name}")
+
+    async def vms(self) -> list[Vm]:
+        return await self._calls.ask("GET", "/v1/vms", _VMS)
+
+    async def vm(self, name: str) -> Vm:
+        return await self._calls.ask("GET", f"/v1/vms/{name}", Vm)
+
+    async def create_vm(self, spec: VmSpec, host: str | None) -> Vm:
+        body = {"spec": spec.model_dump(mode="json"), "host": host}
+        return await self._calls.ask("POST", "/v1/vms", Vm, body)
+
+    async def start_vm(self, name: str) -> Vm:
+        return await self._calls.ask("POST", f"/v1/vms/{name}/start", Vm, timeout_s=90.0)
+
+    async def stop_vm(self, name: str, timeout_s: float) -> Vm:
+        body = {"timeout_s": timeout_s}
+        return await self._calls.ask("POST", f"/v1/vms/{name}/stop", Vm, body, timeout_s=timeout_s + 30)
+
+    async def kill_vm(self, name: str) -> Vm:
+        return await self._calls.ask("POST", f"/v1/vms/{name}/kill", Vm, timeout_s=60.0)
+
+    async def delete_vm(self, name: str) -> None:
+        await self._calls.send("DELETE", f"/v1/vms/{name}", timeout_s=60.0)
+
+    async def vm_log(self, name: str, serial: bool, lines: int) -> str:
+        params = {"serial": serial, "lines": lines}
+        return (await self._calls.ask("GET", f"/v1/vms/{name}/log", LogText, params=params)).text
+
+    async def screendump(self, name: str) -> bytes:
+        return await self._calls.send("GET", f"/v1/vms/{name}/screendump")
+
+    def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        path = f"/v1/vms/{name}/console"
+        return join_console(self._calls.peer, self._target, path, self._bearer, received)
+
+    async def migrate(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
+        """Returns when the migration is entered; `follow` tells the rest."""
+        body = {"to": to, "options": options.model_dump(mode="json")}
+        return await self._calls.ask("POST", f"/v1/vms/{vm}/migrate", Migration, body, timeout_s=60.0)
+
+    async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
+        body = {"to": to, "options": options.model_dump(mode="json")}
+        return await self._calls.ask("POST", f"/v1/vms/{vm}/dry-run", DryRun, body, timeout_s=90.0)
+
+    async def migrations(self) -> list[Migration]:
+        return await self._calls.ask("GET", "/v1/migrations", _MIGRATIONS)
+
+    async def migration(self, migration: str) -> Migration:
+        return await self._calls.ask("GET", f"/v1/migrations/{migration}", Migration)
+
+    async def cancel(self, reference: str) -> CancelReply:
+        """By a migration's id or its VM's name."""
+        return await self._calls.ask(
+            "POST", f"/v1/migrations/{reference}/cancel", CancelReply, timeout_s=60.0
+        )
+
+    async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
+        """Events until the one that ended it. `HostLost` when the stream breaks: go on with `after`."""
+        stream = self._calls.stream(f"/v1/migrations/{migration}/events", {"after": after}, STREAM_SILENCE_S)
+        try:
+            async with stream as answer:
+                if answer.is_error:
+                    raise from_problem(answer.status_code, await answer.aread(), self._calls.peer)
+                async for line in answer.aiter_lines():
+                    if not line:
+                        continue
+                    event = _event(line, self._calls.peer)
+                    yield event
+                    if event.migration.outcome is not Outcome.RUNNING:
+                        return
+        except httpx.HTTPError as error:
+            raise self._calls.lost(error) from error
+        raise self._calls.lost(ConnectionResetError("the stream ended early"))
+
+
+def _event(line: str, peer: str) -> MigrationEvent:
+    try:
+        return MigrationEvent.model_validate_json(line)
+    except ValidationError as error:
+        raise PeerProtocolError(
+            f"{peer} sent an event that cannot be read; is it of another release?"
+        ) from error

@@ -1,0 +1,62 @@
+"""What hosts and movers ask of the controller, as HTTP: `ControllerLink`, method by method."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+
+from transhume.api.gate import CALLER
+from transhume.api.schemas import HeartbeatRequest, MigrationId, Name, SwapRequest
+from transhume.farm.controller import Controller
+from transhume.model.errors import Unauthorized
+from transhume.model.migration import Migration
+from transhume.model.orders import MigrationUpdate, SwapReply
+from transhume.model.vm import Ownership
+
+
+def caller(request: Request) -> str | None:
+    """The host that proved itself, or None for whoever came through the controller's local socket."""
+    name: str | None = request.scope[CALLER]
+    return name
+
+
+Caller = Annotated[str | None, Depends(caller)]
+
+
+def controller_router(controller: Controller) -> APIRouter:
+    """Routes under /controller/v1."""
+    router = APIRouter(prefix="/controller/v1")
+
+    @router.get("/ping", status_code=204)
+    async def ping() -> None:
+        """Answer at once: a mover keeps its connection warm with it before the commit."""
+
+    @router.get("/ownership/{vm}")
+    async def ownership(vm: Name) -> Ownership:
+        return await controller.ownership(vm)
+
+    @router.post("/ownership/{vm}/swap")
+    async def swap_ownership(vm: Name, body: SwapRequest) -> SwapReply:
+        return await controller.swap_ownership(vm, body.expected, body.wanted)
+
+    @router.get("/migrations/{migration}")
+    async def migration(migration: MigrationId) -> Migration:
+        return await controller.migration(migration)
+
+    @router.post("/migrations/report", status_code=204)
+    async def report(update: MigrationUpdate, who: Caller) -> None:
+        _demand_own_word(who, update.host)
+        await controller.report(update)
+
+    @router.post("/hosts/{host}/heartbeat", status_code=204)
+    async def heartbeat(host: Name, body: HeartbeatRequest, who: Caller) -> None:
+        _demand_own_word(who, host)
+        await controller.heartbeat(host, body.inventory, body.vm_states)
+
+    return router
+
+
+def _demand_own_word(who: str | None, speaks_for: str) -> None:
+    if who is not None and who != speaks_for:
+        raise Unauthorized(f"host {who} may not report in the name of host {speaks_for}")

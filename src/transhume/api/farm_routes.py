@@ -1,0 +1,167 @@
+"""What a person or a program asks of the farm: the routes under /v1, answered by the controller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Query, WebSocket
+from fastapi.responses import Response, StreamingResponse
+
+from transhume.api.console import serve_console
+from transhume.api.controller_routes import Caller
+from transhume.api.schemas import (
+    CreateVmRequest,
+    InviteRequest,
+    JoinRequest,
+    Lines,
+    LogText,
+    MigrateRequest,
+    MigrationId,
+    Name,
+    StopVmRequest,
+)
+from transhume.farm.controller import Controller
+from transhume.farm.events import MigrationEvent
+from transhume.farm.members import HostStatus, Invitation, Joined
+from transhume.host.config import HostConfig
+from transhume.model.migration import DryRun, Migration
+from transhume.model.orders import CancelReply
+from transhume.model.vm import Vm
+
+STREAM_BEAT_S = 5.0
+"""A stream without news sends an empty line so often, so that both ends notice when the other is gone."""
+
+
+def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
+    """Routes under /v1."""
+    router = APIRouter(prefix="/v1")
+    _add_host_routes(router, controller)
+    _add_vm_routes(router, config, controller)
+    _add_vm_io_routes(router, controller)
+    _add_migration_routes(router, controller)
+    return router
+
+
+def _add_host_routes(router: APIRouter, controller: Controller) -> None:
+    members = controller.members
+
+    @router.get("/hosts")
+    async def hosts() -> list[HostStatus]:
+        return await members.hosts()
+
+    @router.post("/tokens")
+    async def invite(body: InviteRequest) -> Invitation:
+        return await members.invite(body.ttl_s)
+
+    @router.post("/join")
+    async def join(body: JoinRequest) -> Joined:
+        return await members.join(body.token, body.name, body.address, body.port)
+
+    @router.delete("/hosts/{name}", status_code=204)
+    async def remove(name: Name) -> None:
+        await members.remove(name)
+
+
+def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller) -> None:
+    vms = controller.vms
+
+    @router.get("/vms")
+    async def list_vms() -> list[Vm]:
+        return await vms.list()
+
+    @router.post("/vms", status_code=201)
+    async def create_vm(body: CreateVmRequest, who: Caller) -> Vm:
+        return await vms.create(body.spec, body.host or who or config.name)
+
+    @router.get("/vms/{name}")
+    async def show_vm(name: Name) -> Vm:
+        return await vms.show(name)
+
+    @router.delete("/vms/{name}", status_code=204)
+    async def delete_vm(name: Name) -> None:
+        await vms.delete(name)
+
+    @router.post("/vms/{name}/start")
+    async def start_vm(name: Name) -> Vm:
+        return await vms.start(name)
+
+    @router.post("/vms/{name}/stop")
+    async def stop_vm(name: Name, body: StopVmRequest) -> Vm:
+        return await vms.stop(name, body.timeout_s)
+
+    @router.post("/vms/{name}/kill")
+    async def kill_vm(name: Name) -> Vm:
+        return await vms.kill(name)
+
+
+def _add_vm_io_routes(router: APIRouter, controller: Controller) -> None:
+    vms = controller.vms
+
+    @router.get("/vms/{name}/log")
+    async def vm_log(name: Name, serial: bool = False, lines: Lines = 100) -> LogText:
+        return LogText(text=await vms.log(name, serial, lines))
+
+    @router.get("/vms/{name}/screendump")
+    async def screendump(name: Name) -> Response:
+        return Response(await vms.screendump(name), media_type="image/png")
+
+    @router.websocket("/vms/{name}/console")
+    async def console(websocket: WebSocket, name: Name) -> None:
+        await serve_console(websocket, lambda received: vms.console(name, received))
+
+
+def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
+    migrations = controller.migrations
+
+    @router.post("/vms/{name}/migrate", status_code=201)
+    async def migrate(name: Name, body: MigrateRequest) -> Migration:
+        return await migrations.request(name, body.to, body.options)
+
+    @router.post("/vms/{name}/dry-run")
+    async def dry_run(name: Name, body: MigrateRequest) -> DryRun:
+        return await migrations.dry_run(name, body.to, body.options)
+
+    @router.get("/migrations")
+    async def list_migrations() -> list[Migration]:
+        return await migrations.list()
+
+    @router.get("/migrations/{migration}")
+    async def show_migration(migration: MigrationId) -> Migration:
+        return await migrations.get(migration)
+
+    @router.get("/migrations/{migration}/events")
+    async def events(migration: MigrationId, after: Annotated[int, Query(ge=0)] = 0) -> StreamingResponse:
+        """One JSON object a line, the last with the outcome; `after` goes on behind a number seen before."""
+        await migrations.get(migration)
+        return StreamingResponse(
+            _lines(migrations.follow(migration, after)), media_type="application/x-ndjson"
+        )
+
+    @router.post("/migrations/{reference}/cancel")
+    async def cancel(reference: MigrationId) -> CancelReply:
+        """`reference` is a migration's id or the name of its VM."""
+        return await migrations.cancel(reference)
+
+
+async def _lines(events: AsyncIterator[MigrationEvent]) -> AsyncIterator[bytes]:
+    following = aiter(events)
+    upcoming: asyncio.Task[MigrationEvent] | None = None
+    try:
+        while True:
+            upcoming = upcoming or asyncio.ensure_future(anext(following))
+            done, _ = await asyncio.wait({upcoming}, timeout=STREAM_BEAT_S)
+            if not done:
+                yield b"\n"
+                continue
+            try:
+                event = upcoming.result()
+            except StopAsyncIteration:
+                return
+            upcoming = None
+            yield event.model_dump_json().encode() + b"\n"
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)

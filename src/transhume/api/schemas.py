@@ -1,0 +1,79 @@
+"""The bodies of requests that are not a noun of the model by themselves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from transhume.model.host import HostInventory
+from transhume.model.migration import MigrationOptions
+from transhume.model.vm import NAME_PATTERN, Ownership, VmSpec, VmState
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+MigrationId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+Lines = Annotated[int, Field(ge=1, le=10_000)]
+TimeoutS = Annotated[float, Field(gt=0, le=3600)]
+
+
+class Body(BaseModel):
+    """A request's body. A field that is not known is refused: it is a misspelling or a later release's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class JoinRequest(Body):
+    """A server asks to become a member; its daemon will answer at `address`:`port`."""
+
+    token: str = Field(max_length=200)
+    name: Name
+    address: str = Field(min_length=1, max_length=253, pattern=r"^[0-9A-Za-z.:\-]+$")
+    port: int = Field(ge=1, le=65535)
+
+
+class InviteRequest(Body):
+    ttl_s: float | None = Field(default=None, gt=0, le=30 * 86400)
+
+
+class CreateVmRequest(Body):
+    """`host` is who shall own the VM; without it, the host that was asked."""
+
+    spec: VmSpec
+    host: Name | None = None
+
+
+class StopVmRequest(Body):
+    timeout_s: TimeoutS = 60.0
+
+
+class MigrateRequest(Body):
+    """Without `to` the controller chooses."""
+
+    to: Name | None = None
+    options: MigrationOptions = MigrationOptions()
+
+
+class SwapRequest(Body):
+    expected: Ownership
+    wanted: Ownership
+
+
+class HeartbeatRequest(Body):
+    inventory: HostInventory
+    vm_states: dict[str, VmState]
+
+
+class SampleRequest(Body):
+    duration_s: float = Field(gt=0, le=60)
+
+
+class Pong(Body):
+    """Who answers. `controller` is the host that carries the controller, by name where it is this one."""
+
+    host: str
+    carries_controller: bool
+    version: str
+
+
+class LogText(Body):
+    text: str

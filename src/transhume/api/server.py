@@ -1,0 +1,136 @@
+"""Serves the daemon's application on TCP and on the local socket, in the daemon's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from transhume.api.gate import App, Gate, local
+from transhume.host.config import HostConfig
+from transhume.model.errors import Conflict, Refused
+
+KEEP_ALIVE_S = 3600
+"""A mover's connection must still be warm when it commits, which may be long after its last request."""
+
+MAX_SOCKET_PATH_BYTES = 107
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its signal handlers: the daemon decides when it ends."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(app: Gate, config: HostConfig, ready: asyncio.Event, stop: asyncio.Event) -> None:
+    """Answer at `config.address`:`config.port` and at `config.api_socket` until `stop` is set.
+
+    `ready` is set when both accept connections. Raises `Conflict` when another daemon answers at either
+    place and `Refused` when the address is not this machine's; nothing is left open then. Streams end when
+    the controller closes, so close it before or soon after setting `stop`.
+    """
+    with contextlib.ExitStack() as sockets:
+        wide = sockets.enter_context(_tcp_socket(config.address, config.port))
+        near = sockets.enter_context(_local_socket(config.api_socket))
+        try:
+            await _serve_both(app, wide, near, ready, stop)
+        finally:
+            config.api_socket.unlink(missing_ok=True)
+            await app.close()
+
+
+async def _serve_both(
+    app: App, wide: socket.socket, near: socket.socket, ready: asyncio.Event, stop: asyncio.Event
+) -> None:
+    servers = {_server(app): wide, _server(local(app)): near}
+    running = [
+        asyncio.create_task(server.serve(sockets=[listening]), name="api")
+        for server, listening in servers.items()
+    ]
+    stopping = asyncio.create_task(stop.wait(), name="stop of the api")
+    try:
+        while not all(server.started or task.done() for server, task in zip(servers, running, strict=True)):
+            await asyncio.sleep(0.005)
+        ready.set()
+        await asyncio.wait({stopping, *running}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        for server in servers:
+            server.should_exit = True
+        await asyncio.gather(*running)
+
+
+def _server(app: App) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+            ws="websockets-sansio",
+            ws_max_size=1 << 20,
+            ws_per_message_deflate=False,
+            http="h11",
+            loop="asyncio",
+        )
+    )
+
+
+def _tcp_socket(address: str, port: int) -> socket.socket:
+    try:
+        (family, kind, protocol, _, where), *_ = socket.getaddrinfo(
+            address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise Refused(f"the address {address} cannot be resolved: {error.strerror}") from error
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+    except OSError as error:
+        listening.close()
+        raise Conflict(
+            f"cannot listen at {address} port {port}: {error.strerror}; is another daemon running, or is the "
+            "address not one of this machine?"
+        ) from error
+    return listening
+
+
+def _local_socket(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise Refused(f"the path {path} is too long for a socket; choose a shorter --state-dir")
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _answers(path):
+            raise Conflict(f"another daemon answers at {path}; `transhume down` ends it")
+        path.unlink(missing_ok=True)
+        # The mode must be right from the first moment: the umask is the only way to make it so.
+        umask = os.umask(0o177)
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(umask)
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
