@@ -120,9 +120,9 @@ def ensure_guest(cache_dir: Path | None = None) -> Guest:
         with _lock(folder):
             kernel_dir = _ensure_kernel(folder)
             initrd = _ensure_initrd(folder, kernel_dir)
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise Refused(
-            f"{folder} cannot be written to, and the guest is kept there: run as root or set"
+            f"{folder} cannot be used to keep the guest ({error.strerror}): run as root, or set"
             f" {CACHE_VARIABLE} to a folder that QEMU's user can read"
         ) from error
     return Guest(kernel_dir / "vmlinuz", initrd)
