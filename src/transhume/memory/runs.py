@@ -118,6 +118,13 @@ def clip(runs: Runs, first_page: int, page_count: int) -> Runs:
     return np.stack((first, end - first), axis=1)
 
 
+def shifted(runs: Runs, pages: int) -> Runs:
+    """The same runs, `pages` further on."""
+    moved = runs.copy()
+    moved[:, 0] += pages
+    return moved
+
+
 def split(runs: Runs, max_pages: int) -> Runs:
     """The same pages in the same order, with no run longer than `max_pages`."""
     counts = runs[:, 1]

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 
+from transhume.memory import runs as page_runs
 from transhume.memory.pagemap import Scanner
 from transhume.memory.ram import GuestRam
 from transhume.memory.runs import Runs
 from transhume.memory.userfaultfd import REGISTER_WP, Userfaultfd
 from transhume.model.errors import TranshumeError
+from transhume.model.vm import PAGE_BYTES
 
 
 class DirtyTracker:
@@ -47,6 +49,12 @@ class DirtyTracker:
     def collect(self) -> list[Runs]:
         """Get and clear: for each block, the pages written since the last call. Read them only after."""
         return [self._scanner.get_and_clear(each.address, each.block.size_bytes) for each in self._ram.blocks]
+
+    def collect_range(self, block_index: int, first_page: int, page_count: int) -> Runs:
+        """Get and clear for a part of one block. Pages are counted from the begin of the block."""
+        each = self._ram.blocks[block_index]
+        found = self._scanner.get_and_clear(each.address + first_page * PAGE_BYTES, page_count * PAGE_BYTES)
+        return page_runs.shifted(found, first_page)
 
     def disarm(self) -> None:
         """End: the guest writes at full speed again. Harmless when nothing was armed."""
