@@ -1,0 +1,149 @@
+"""The daemon of one host: start-up code that names the concrete parts and puts them together.
+
+Started as `python -m transhume.daemon --state-dir DIR`, by `up`, `join` or a service manager. On a
+SIGTERM it ends; the VMs and the movers go on, and the next daemon finds them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from transhume.api.app import create_app
+from transhume.api.controller_client import ControllerClient
+from transhume.api.host_client import HostLinks
+from transhume.api.server import serve
+from transhume.farm.controller import Controller
+from transhume.host.config import HostConfig
+from transhume.host.controller_link import ControllerLink
+from transhume.host.inventory import Inventory
+from transhume.host.service import HostService
+from transhume.model.errors import TranshumeError
+from transhume.store.sqlite import SqliteStore
+
+HEARTBEAT_S = 3.0
+STATE_DIR_MODE = 0o711
+"""QEMU, without privileges, must be able to pass through to its own VM's folder, and read nothing."""
+
+log = logging.getLogger("transhume.daemon")
+
+
+class Daemon:
+    """One host's daemon, from its configuration to its end."""
+
+    def __init__(self, config: HostConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self._ready = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT. Raises `TranshumeError` when the daemon cannot start."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._make_folders()
+        inventory = await Inventory.measure(self._config.vm_user)
+        async with contextlib.AsyncExitStack() as stack:
+            if self._config.carries_controller:
+                await self._run_with_controller(stack, inventory)
+            else:
+                client = ControllerClient(self._config)
+                stack.push_async_callback(client.close)
+                service = HostService(self._config, inventory, client)
+                stack.push_async_callback(service.close)
+                await self._serve(service, client, None)
+
+    async def _run_with_controller(self, stack: contextlib.AsyncExitStack, inventory: Inventory) -> None:
+        store = await SqliteStore.open(self._config.store_file)
+        stack.push_async_callback(store.close)
+        links: list[HostLinks] = []
+        # The controller and this host's service need each other: the links come when both exist.
+        controller = Controller(store, lambda host, secret: links[0](host, secret), self._config)
+        service = HostService(self._config, inventory, controller)
+        stack.push_async_callback(service.close)
+        links.append(HostLinks(self._config.name, service))
+        stack.push_async_callback(links[0].close)
+        await controller.start()
+        stack.push_async_callback(controller.close)
+        await self._serve(service, controller, controller)
+
+    async def _serve(self, service: HostService, link: ControllerLink, controller: Controller | None) -> None:
+        app = create_app(self._config, service, controller)
+        serving = asyncio.create_task(serve(app, self._config, self._ready, self._stop), name="serve")
+        ready = asyncio.create_task(self._ready.wait(), name="ready")
+        await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        beating: asyncio.Task[None] | None = None
+        if not serving.done():
+            service.recover()
+            beating = asyncio.create_task(self._beat(service, link), name="heartbeat")
+            log.info("host %s answers at %s:%s", self._config.name, self._config.address, self._config.port)
+        try:
+            await self._stop_or_failure(serving)
+        finally:
+            if beating is not None:
+                beating.cancel()
+                await asyncio.gather(beating, return_exceptions=True)
+            if controller is not None:
+                await controller.close()
+            await serving
+
+    async def _stop_or_failure(self, serving: asyncio.Task[None]) -> None:
+        stopping = asyncio.create_task(self._stop.wait(), name="stop")
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+
+    async def _beat(self, service: HostService, link: ControllerLink) -> None:
+        """Tell the controller that this host lives, what it has and what its VMs do."""
+        failing = False
+        while True:
+            try:
+                await link.heartbeat(self._config.name, await service.inventory(), await service.vm_states())
+                failing = False
+            except TranshumeError as error:
+                if not failing:
+                    log.warning("the controller did not take the heartbeat: %s", error.message)
+                failing = True
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def _make_folders(self) -> None:
+        for path in (self._config.state_dir, self._config.vms_dir):
+            path.mkdir(mode=STATE_DIR_MODE, parents=True, exist_ok=True)
+            path.chmod(STATE_DIR_MODE)
+        self._config.migrations_dir.mkdir(mode=0o700, exist_ok=True)
+
+
+def main() -> int:
+    """Read the configuration, run, and say in one line why not when it cannot."""
+    parser = argparse.ArgumentParser(prog="transhume.daemon", description=__doc__)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = HostConfig.model_validate_json((arguments.state_dir / "host.json").read_text())
+    except (OSError, ValueError) as error:
+        log.error("the configuration in %s cannot be read: %s", arguments.state_dir, error)
+        return 2
+    pid_file = config.state_dir / "daemon.pid"
+    pid_file.write_text(f"{os.getpid()}\n")
+    try:
+        asyncio.run(Daemon(config).run())
+    except TranshumeError as error:
+        log.error("%s", error.message)
+        return error.exit_code
+    finally:
+        pid_file.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
