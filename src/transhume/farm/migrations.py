@@ -285,7 +285,7 @@ class Migrations:
             log.error("setting up migration %s failed", migration, exc_info=task.exception())
 
     async def _note(self, record: Migration, phase_before: Phase) -> None:
-        """Keep a record under way. Phases go to the store only before the switchover: later, time is short."""
+        """Keep a record under way. Phases go to the store before the switchover only: then time is short."""
         self._live[record.id] = record
         self._events.append(record)
         if record.phase is not phase_before and record.phase in (Phase.PREPARED, Phase.PRECOPY):
@@ -317,16 +317,18 @@ class Migrations:
 
     async def _cancel_here(self, record: Migration) -> CancelReply:
         claim = Claim(outcome=Outcome.CANCELLED)
+        # A set-up that has not come to the source's turn finds the end by itself and cleans up behind it.
+        preparing = record.id in self._setups and record.id not in self._begun
         ended = await self._endings.end(record, claim)
         if ended is None:
             return CancelReply(accepted=False, runs_at=record.destination)
         self._forget(ended)
-        if record.id not in self._setups:
+        if not preparing:
             await self._dismiss(record)
         return CancelReply(accepted=True, runs_at=ended.runs_at)
 
     async def _dismiss(self, record: Migration) -> None:
-        """Tell both ends that it is over. The register refuses their commit already, whether they hear or not."""
+        """Tell both ends that it is over. The register refuses their commit already, heard or not."""
         await self._abandon(record)
         with suppress(TranshumeError):
             await self._members.link(record.source).cancel(record.id)

@@ -66,8 +66,8 @@ def _own_engine_reasons(source: HostStatus, facts: SourceFacts) -> list[str]:
     reasons = [*facts.ram_obstacles, *facts.device_obstacles]
     told = " ".join(facts.device_obstacles)
     reasons += [
-        f"disk {disk.path} has cache.direct=on, and reads that bypass the page cache change the guest's memory "
-        "unseen; use cache.direct=off or --engine qemu"
+        f"disk {disk.path} has cache.direct=on, and reads that bypass the page cache change the guest's "
+        "memory unseen; use cache.direct=off or --engine qemu"
         for disk in facts.spec.disks
         if disk.cache_direct and disk.path not in told
     ]
