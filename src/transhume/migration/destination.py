@@ -75,11 +75,13 @@ class DestinationMachine(Machine[DestinationState]):
 
     table: ClassVar = {
         D.CREATING: {
-            ev.Listening: Rule("_listening", (D.WAITING,)),
+            # Whether this mover is the first or a successor is not known yet: a VM that is here may be the
+            # one that runs, so nothing is destroyed without the register.
+            ev.Listening: Rule("_listening", (D.WAITING, D.DESTROYING)),
             ev.Recovered: Rule("_recovered", (D.REVOKING,)),
-            ev.CommandFailed: Rule("_give_up_command", (D.DESTROYING,)),
-            ev.QemuDied: Rule("_give_up_qemu", (D.DESTROYING,)),
-            ev.CancelRequested: Rule("_give_up_cancel", (D.DESTROYING,)),
+            ev.CommandFailed: Rule("_begin_failed", (D.REVOKING,)),
+            ev.QemuDied: Rule("_note_qemu_died", ()),
+            ev.CancelRequested: Rule("_cancel_early", ()),
             ev.Tick: Rule("", ()),
         },
         D.WAITING: {
@@ -107,7 +109,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.SwapRefused: Rule("_commit_refused", (D.DESTROYING,)),
             ev.SwapUnknown: Rule("_swap_unknown", ()),
             ev.Tick: Rule("_tick_committing", (D.REVOKING,)),
-            ev.QemuDied: Rule("_qemu_died_committing", ()),
+            ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(
                 ev.LinkLost,
                 ev.PeerAborted,
@@ -123,7 +125,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.SwapUnknown: Rule("_swap_unknown", ()),
             ev.SwapRefused: Rule("_swap_unknown", ()),
             ev.Tick: Rule("_tick_revoking", ()),
-            ev.QemuDied: Rule("_qemu_died_committing", ()),
+            ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(
                 ev.LinkLost,
                 ev.PeerAborted,
@@ -216,6 +218,7 @@ class DestinationMachine(Machine[DestinationState]):
         self._resume_attempts = 0
         self._resume_due_s: float | None = None
         self._qemu_died = False
+        self._cancel_wanted = False
         self._never_connected = True
         self._vm_is_lost = False
 
@@ -242,7 +245,19 @@ class DestinationMachine(Machine[DestinationState]):
 
     # --- the way there ---------------------------------------------------------------------------
 
+    def _cancel_early(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        self._cancel_wanted = True
+        return ()
+
+    def _begin_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        """The VM could not be made, or a successor could not look for it: the register tells which."""
+        return self._revoke(event.code, event.message, now_s)
+
     def _listening(self, _: ev.Listening, now_s: float) -> Sequence[Command]:
+        if self._qemu_died:
+            return self._give_up_qemu(ev.QemuDied("it ended before the source came"), now_s)
+        if self._cancel_wanted:
+            return self._give_up_cancel(ev.CancelRequested(), now_s)
         self.state = D.WAITING
         self._waiting_since_s = self._asked_s = now_s
         return (ev.Publish(),)
@@ -406,7 +421,7 @@ class DestinationMachine(Machine[DestinationState]):
             return self._commit_won(event, now_s)
         return self._give_up(self.error_code, self.error)
 
-    def _qemu_died_committing(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
+    def _note_qemu_died(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
         self._qemu_died = True
         return ()
 

@@ -111,12 +111,13 @@ class SourceMachine(Machine[SourceState]):
 
     table: ClassVar = {
         S.STARTING: {
-            ev.Started: Rule("_started", (S.CONNECTING,)),
-            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING)),
+            # Whether this mover is the first or a successor is not known yet: nothing may be decided.
+            ev.Started: Rule("_started", (S.CONNECTING, S.RESUMING, S.ABORTED)),
+            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING, S.ABORTED)),
             ev.Tick: Rule("", ()),
-            ev.CancelRequested: Rule("_give_up_cancel", (S.RESUMING,)),
-            ev.CommandFailed: Rule("_give_up_command", (S.RESUMING,)),
-            ev.QemuDied: Rule("_vm_lost", (S.ABORTED,)),
+            ev.CancelRequested: Rule("_cancel_early", ()),
+            ev.CommandFailed: Rule("_resolve_command", (S.RESOLVING,)),
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
         },
         S.CONNECTING: {
             **_TROUBLE,
@@ -251,6 +252,7 @@ class SourceMachine(Machine[SourceState]):
         self._resume_attempts = 0
         self._resume_due_s: float | None = None
         self._vm_died = False
+        self._cancel_wanted = False
         self._lost_everywhere = False
 
     # --- what others may ask ---------------------------------------------------------------------
@@ -319,7 +321,15 @@ class SourceMachine(Machine[SourceState]):
 
     # --- the way there ---------------------------------------------------------------------------
 
+    def _cancel_early(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        self._cancel_wanted = True
+        return ()
+
     def _started(self, _: ev.Started, now_s: float) -> Sequence[Command]:
+        if self._vm_died:
+            return self._vm_lost(ev.QemuDied("it ended before the migration began"), now_s)
+        if self._cancel_wanted:
+            return self._give_up_cancel(ev.CancelRequested(), now_s)
         self.state = S.CONNECTING
         self._heard_s = now_s
         return (ev.ConnectPeer(),)
@@ -329,6 +339,8 @@ class SourceMachine(Machine[SourceState]):
         self._fail(Outcome.FAILED, "mover-died", "the source's mover died; its successor ended the migration")
         if event.state_may_be_sent:
             return self._ask_register(now_s)
+        if self._vm_died:
+            return self._vm_lost(ev.QemuDied("it ended while no mover watched it"), now_s)
         return self._go_on()
 
     def _connected(self, _: ev.Connected, now_s: float) -> Sequence[Command]:
