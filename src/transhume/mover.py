@@ -1,47 +1,65 @@
 """The mover: one process for each migration and end, which carries the data and drives its machine.
 
-Started by the daemon as `python -m transhume.mover FOLDER`, it lives in a session of its own and
-needs the daemon for nothing: it talks to QEMU, to the other end and to the register by itself, and leaves a
-journal. A mover that finds an earlier one's journal is its successor and ends what that one began.
+Started by the daemon, it lives in a session of its own and needs the daemon for nothing: it talks to QEMU,
+to the other end and to the register by itself, and leaves a journal. A mover that finds an earlier one's
+journal is its successor and ends what that one began.
 
-The lock comes before the imports that take time, so that a folder never has two movers.
+    python -m transhume.mover FOLDER      works in the folder
+    python -m transhume.mover --standby   imports everything, then waits for the folder's name on its
+                                          standard input: a migration need not wait for Python to start
+
+The lock comes before anything else, so that a folder never has two movers at work.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from pathlib import Path
 
-from transhume.migration.driver.job import MoverFolder
+from transhume.api.controller_client import ControllerClient
+from transhume.host.config import HostConfig
+from transhume.migration.driver.control import ControlServer
+from transhume.migration.driver.destination_driver import DestinationDriver
+from transhume.migration.driver.job import MoverFolder, Role
+from transhume.migration.driver.journal import Journal
+from transhume.migration.driver.source_driver import SourceDriver
+from transhume.vmm.paths import VmPaths
 
 ANOTHER_LIVES = 7
 """Exit code of a mover that found the folder taken."""
 
+STANDBY = "--standby"
+
 
 def main() -> int:
-    """Run the mover of the folder named on the command line; the exit code is 0 when it came to its end."""
-    folder = MoverFolder(Path(sys.argv[1]))
+    """Run one mover; the exit code is 0 when it came to its end, or when it was never needed."""
+    if sys.argv[1] == STANDBY:
+        path = sys.stdin.readline().strip()
+        if not path:
+            return 0  # the daemon has gone
+        folder = MoverFolder(Path(path))
+        _log_to(folder)
+    else:
+        folder = MoverFolder(Path(sys.argv[1]))
     lock = folder.try_lock()
     if lock is None:
         return ANOTHER_LIVES
     folder.pid_file.write_text(f"{os.getpid()}\n")
-    import asyncio
-
     asyncio.run(_move(folder))
     return 0
 
 
-async def _move(folder: MoverFolder) -> None:
-    from transhume.api.controller_client import ControllerClient
-    from transhume.host.config import HostConfig
-    from transhume.migration.driver.control import ControlServer
-    from transhume.migration.driver.destination_driver import DestinationDriver
-    from transhume.migration.driver.job import Role
-    from transhume.migration.driver.journal import Journal
-    from transhume.migration.driver.source_driver import SourceDriver
-    from transhume.vmm.paths import VmPaths
+def _log_to(folder: MoverFolder) -> None:
+    """Say the rest where a mover of this folder says it."""
+    log = os.open(folder.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
 
+
+async def _move(folder: MoverFolder) -> None:
     job = folder.read_job()
     config = HostConfig.model_validate_json((job.state_dir / "host.json").read_text())
     journal = Journal(folder.journal_file)

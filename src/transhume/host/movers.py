@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transhume.host.controller_link import ControllerLink
 from transhume.migration.driver.job import MoverFolder, MoverJob, Role
@@ -25,6 +25,7 @@ from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
 
 FINAL_STATES = frozenset({"done", "aborted"})
 LINE_LIMIT_BYTES = 4 << 20
+STANDBY = "--standby"
 POLL_S = 0.02
 """How often a process that has no event to wait for (a socket not there yet) is looked at again."""
 
@@ -67,6 +68,7 @@ class Movers:
         self._link = link
         self._completed = completed
         self._movers: dict[str, Mover] = {}
+        self._standby: subprocess.Popen[bytes] | None = None
 
     def recover(self) -> None:
         """Take up every migration that an earlier daemon left, alive or dead."""
@@ -130,6 +132,9 @@ class Movers:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._standby is not None and self._standby.stdin is not None:
+            self._standby.stdin.close()  # that is its word to go
+            await asyncio.to_thread(self._standby.wait)
 
     def _start(self, job: MoverJob) -> Mover:
         folder = MoverFolder.of(self._migrations_dir, job.migration.id, job.role)
@@ -142,16 +147,22 @@ class Movers:
         return mover
 
     def _spawn(self, mover: Mover) -> None:
-        """A process in a session of its own: it outlives this daemon."""
-        with mover.folder.log_file.open("ab") as log:
-            mover.process = subprocess.Popen(
-                [sys.executable, "-m", "transhume.mover", str(mover.folder.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                start_new_session=True,
-            )
+        """A process in a session of its own: it outlives this daemon. The one that stands by, if it lives."""
+        process, self._standby = self._standby, None
+        if process is not None and process.poll() is None and _assign(process, mover.folder):
+            mover.process = process
+        else:
+            with mover.folder.log_file.open("ab") as log:
+                mover.process = _python_mover(str(mover.folder.path), subprocess.DEVNULL, log)
+
+    def stand_by(self) -> None:
+        """Have a mover ready for the next migration, so that it need not wait for Python to start.
+
+        Started when none is at work: its start would take the CPU from a migration under way.
+        """
+        if self._movers or self._standby is not None:
+            return
+        self._standby = _python_mover(STANDBY, subprocess.PIPE, subprocess.DEVNULL)
 
     def _follow(self, mover: Mover) -> None:
         self._movers[mover.folder.path.name] = mover
@@ -242,6 +253,7 @@ class Movers:
             self._completed(told)
         shutil.rmtree(mover.folder.path, ignore_errors=True)
         self._movers.pop(mover.folder.path.name, None)
+        self.stand_by()
 
     async def _tell(self, update: MigrationUpdate) -> bool:
         """Whether the controller has heard it. What it refuses for good counts as heard."""
@@ -277,3 +289,25 @@ class Movers:
 async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> None:
     """Wait for whichever comes first, or for the time."""
     await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _python_mover(argument: str, stdin: int, log: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "transhume.mover", argument],
+        stdin=stdin,
+        stdout=log,
+        stderr=log,
+        cwd="/",
+        start_new_session=True,
+    )
+
+
+def _assign(process: subprocess.Popen[bytes], folder: MoverFolder) -> bool:
+    """Give a mover that stands by its folder; False when it died meanwhile."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(str(folder.path).encode() + b"\n")
+        process.stdin.close()
+    except OSError:
+        return False
+    return True

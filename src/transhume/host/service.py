@@ -45,6 +45,7 @@ class HostService:
     def recover(self) -> None:
         """Take up what an earlier daemon left. Call once, when the controller can be reached or not."""
         self._movers.recover()
+        self._movers.stand_by()
 
     async def close(self) -> None:
         """Let go; VMs and movers go on."""
