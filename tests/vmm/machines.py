@@ -101,6 +101,12 @@ def counter(process: QemuProcess) -> int:
         os.close(fd)
 
 
+async def until_counting_on(process: QemuProcess) -> None:
+    """The guest runs: its counter moves."""
+    counted = counter(process)
+    await until(lambda: counter(process) != counted, "the guest goes on")
+
+
 async def until_counting(process: QemuProcess) -> None:
     await until(lambda: counter(process) > 1 << 16, "the guest counts")
 

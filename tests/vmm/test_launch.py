@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.vmm.machines import Machines, counter, until, until_counting
+from tests.vmm.machines import Machines, until, until_counting, until_counting_on
 
 from transhume.model.errors import Refused, VmmError
 from transhume.model.vm import Disk
@@ -102,8 +102,7 @@ asyncio.run(launch(spec, VmPaths(Path(sys.argv[2])), vm_user=sys.argv[3]))
         assert await monitor.status() == "running"
         assert process.record.qemu_version == monitor.version
         await until_counting(process)
-        counted = counter(process)
-        await until(lambda: counter(process) != counted, "the guest goes on")
+        await until_counting_on(process)
         await monitor.close()
     finally:
         await process.kill()
@@ -126,7 +125,11 @@ async def test_an_early_death_is_explained_in_qemus_words(machines: Machines) ->
         ) as told:
             await machines.start(spec)
         assert told.value.message.count("No such file") == 1, "words of an earlier start are not repeated"
-    assert sorted(path.name for path in (machines.root / "one").iterdir()) == ["qemu.log", "serial.log"]
+    assert sorted(path.name for path in (machines.root / "one").iterdir()) == [
+        "qemu.log",
+        "serial.log",
+        "spec.json",
+    ]
 
 
 async def test_a_qemu_that_says_nothing_is_ended(machines: Machines, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -61,7 +62,8 @@ async def probe_qemu(binary: str = DEFAULT_BINARY, deadline_s: float = 20.0) -> 
             finally:
                 await qmp.close()
         finally:
-            child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
             await child.wait()
 
 

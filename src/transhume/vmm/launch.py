@@ -17,7 +17,7 @@ from transhume.model.vm import RamBlock, VmSpec
 from transhume.vmm.command_line import DEFAULT_BINARY, build_command, ram_blocks
 from transhume.vmm.log import last_words, log_size
 from transhume.vmm.monitor import Monitor
-from transhume.vmm.paths import VmPaths, make_vm_dir
+from transhume.vmm.paths import VmPaths, make_vm_dir, replace_file
 from transhume.vmm.process import QemuProcess, RunRecord, boot_id, forget, save_record, start_time_ticks
 from transhume.vmm.qmp import Qmp
 from transhume.vmm.rights import user_rights
@@ -48,15 +48,16 @@ async def launch(
 ) -> Launched:
     """Start QEMU for a resolved `spec` in the folder `paths` and connect to its monitor.
 
-    Makes the folder and the memfds, starts QEMU as `vm_user`, waits until its monitor answers and
-    writes `run.json`. Without `incoming` the guest runs; with it QEMU waits, paused, for device state.
+    Makes the folder and the memfds, writes `spec.json`, starts QEMU as `vm_user`, waits until its monitor
+    answers and writes `run.json`. Without `incoming` the guest runs; with it QEMU waits, paused, for
+    device state.
 
     Raises `VmmError`, quoting QEMU's last words, when QEMU dies or does not answer within `deadline_s`;
     nothing is left running then.
     """
     make_vm_dir(paths, vm_user)
     forget(paths)
-    paths.spec_file.write_text(spec.model_dump_json())
+    replace_file(paths.spec_file, spec.model_dump_json())
     said_before_bytes = log_size(paths)
     process = _spawn(spec, paths, vm_user, incoming, binary)
     try:

@@ -87,16 +87,19 @@ class Monitor:
 
     async def screendump(self) -> bytes:
         """The guest's screen as a PNG. `VmmError` when the VM has no display."""
-        fd = os.memfd_create("transhume-screen", os.MFD_CLOEXEC)
+        memory = os.memfd_create("transhume-screen", os.MFD_CLOEXEC)
+        # QEMU takes a descriptor from its set only if it is open for exactly what it wants: writing.
+        writing = os.open(f"/proc/self/fd/{memory}", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            lent = await self.lend_fd(fd)
+            lent = await self.lend_fd(writing)
             try:
                 await self.qmp.execute("screendump", filename=f"/dev/fdset/{lent.fdset}", format="png")
             finally:
                 await self.take_back_fd(lent)
-            return os.pread(fd, os.fstat(fd).st_size, 0)
+            return os.pread(memory, os.fstat(memory).st_size, 0)
         finally:
-            os.close(fd)
+            os.close(writing)
+            os.close(memory)
 
     async def announce(
         self, rounds: int = 5, initial_ms: int = 50, step_ms: int = 100, max_ms: int = 550

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def make_vm_dir(paths: VmPaths, vm_user: str) -> None:
     paths.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chown(paths.directory, os.geteuid(), group)
     paths.directory.chmod(stat.S_ISVTX | 0o770)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file of the daemon's: whole or not at all, also when the machine dies meanwhile, and never
+    through a link that QEMU may have made under this name.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -11,13 +11,12 @@ import asyncio
 import contextlib
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from transhume.model.errors import TimedOut, VmmError
-from transhume.vmm.paths import VmPaths
+from transhume.vmm.paths import VmPaths, replace_file
 
 BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
@@ -132,17 +131,8 @@ def start_time_ticks(pid: int) -> int | None:
 
 
 def save_record(paths: VmPaths, record: RunRecord) -> None:
-    """Write `run.json`: whole or not at all, also when the machine dies meanwhile."""
-    descriptor, name = tempfile.mkstemp(prefix=".run-", dir=paths.directory)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(record.model_dump_json())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(paths.run_file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write `run.json`."""
+    replace_file(paths.run_file, record.model_dump_json())
 
 
 def read_record(paths: VmPaths) -> RunRecord | None:
