@@ -45,7 +45,11 @@ async def test_a_vm_moves() -> None:
         await f.commit(migration)
         await f.report(migration, "alpha", Phase.RUNNING_AT_DESTINATION, outcome=Outcome.COMPLETED)
         ended = await f.ended(migration)
-        assert (ended.outcome, ended.phase, ended.runs_at) == (Outcome.COMPLETED, Phase.DONE, "beta")
+        assert (ended.outcome, ended.phase, ended.runs_at) == (
+            Outcome.COMPLETED,
+            Phase.DONE,
+            "destination host beta",
+        )
         vm = await f.controller.vms.show("web")
         assert (vm.ownership, vm.state, vm.migration) == (
             Ownership(owner="beta", epoch=2),
@@ -134,10 +138,14 @@ async def test_a_destination_that_cannot_prepare_leaves_the_vm_where_it_is() -> 
         await f.running_vm()
         f.hosts["beta"].failures["prepare"] = VmmError("QEMU on beta ended at once: no such machine")
         ended = await f.ended(await f.migrate())
-        assert (ended.outcome, ended.phase, ended.runs_at) == (Outcome.FAILED, Phase.ABORTED, "alpha")
+        assert (ended.outcome, ended.phase, ended.runs_at) == (
+            Outcome.FAILED,
+            Phase.ABORTED,
+            "source host alpha",
+        )
         assert ended.error_code == "vmm"
         assert "no such machine" in ended.error
-        assert "VM web runs on alpha" in ended.error
+        assert "VM web runs on source host alpha" in ended.error
         await until(lambda: f.hosts["beta"].abandoned == [ended.id])
         vm = await f.controller.vms.show("web")
         assert vm.migration == ""
@@ -177,12 +185,14 @@ async def test_cancel_while_the_destination_prepares() -> None:
         f.hosts["beta"].waits["prepare"] = asyncio.Event()
         migration = await f.migrate()
         await until(lambda: "prepare" in f.hosts["beta"].calls)
-        assert await f.controller.migrations.cancel("web") == CancelReply(accepted=True, runs_at="alpha")
+        assert await f.controller.migrations.cancel("web") == CancelReply(
+            accepted=True, runs_at="source host alpha"
+        )
         f.hosts["beta"].waits["prepare"].set()
         await until(lambda: f.hosts["beta"].abandoned == [migration.id])
         assert "begin" not in f.hosts["alpha"].calls
         ended = await f.controller.migrations.get(migration.id)
-        assert (ended.outcome, ended.runs_at) == (Outcome.CANCELLED, "alpha")
+        assert (ended.outcome, ended.runs_at) == (Outcome.CANCELLED, "source host alpha")
 
 
 async def test_cancel_while_the_source_begins_waits_and_goes_to_the_source() -> None:
@@ -228,13 +238,10 @@ async def test_cancel_after_the_commit_says_where_the_vm_runs() -> None:
         migration = await f.begun(await f.migrate())
         await f.commit(migration)
         f.hosts["alpha"].begun.clear()
-        assert await f.controller.migrations.cancel(migration.id) == CancelReply(
-            accepted=False, runs_at="beta"
-        )
-        await f.report(migration, "beta", Phase.DONE, outcome=Outcome.COMPLETED)
-        assert await f.controller.migrations.cancel(migration.id) == CancelReply(
-            accepted=False, runs_at="beta"
-        )
+        there = CancelReply(accepted=False, runs_at="destination host beta")
+        assert await f.controller.migrations.cancel(migration.id) == there
+        await f.report(migration, "alpha", Phase.DONE, outcome=Outcome.COMPLETED)
+        assert await f.controller.migrations.cancel(migration.id) == there
         with pytest.raises(Conflict, match="not moving; it belongs to beta"):
             await f.controller.migrations.cancel("web")
         with pytest.raises(NotFound):
@@ -263,8 +270,12 @@ async def test_a_failure_reported_before_the_commit_fences_the_destination() -> 
             error_code="host-lost",
         )
         ended = await f.controller.migrations.get(migration.id)
-        assert (ended.outcome, ended.error_code, ended.runs_at) == (Outcome.FAILED, "host-lost", "alpha")
-        assert ended.error == "The link broke. VM web runs on alpha, where it was"
+        assert (ended.outcome, ended.error_code, ended.runs_at) == (
+            Outcome.FAILED,
+            "host-lost",
+            "source host alpha",
+        )
+        assert ended.error == "The link broke. VM web runs on source host alpha, where it was"
         assert await f.controller.ownership("web") == Ownership(owner="alpha", epoch=2)
 
 
@@ -285,7 +296,7 @@ async def test_a_failure_reported_after_the_commit_is_a_completion_with_an_error
         migration = await f.begun(await f.migrate())
         await f.commit(migration)
         await f.report(
-            migration, "beta", Phase.COMMITTED, outcome=Outcome.FAILED, error="QEMU died", runs_at="nowhere"
+            migration, "alpha", Phase.COMMITTED, outcome=Outcome.FAILED, error="QEMU died", runs_at="nowhere"
         )
         ended = await f.controller.migrations.get(migration.id)
         assert (ended.outcome, ended.runs_at, ended.error) == (Outcome.COMPLETED, "nowhere", "QEMU died")
@@ -366,7 +377,7 @@ async def test_after_a_restart_the_movers_reports_end_what_was_under_way() -> No
         f.now_s += 300.0
         await f.controller.migrations.sweep()
         await f.commit(migration)
-        await f.report(migration, "beta", Phase.DONE, outcome=Outcome.COMPLETED)
+        await f.report(migration, "alpha", Phase.DONE, outcome=Outcome.COMPLETED)
         assert (await f.controller.migrations.get(migration.id)).outcome is Outcome.COMPLETED
 
 
@@ -382,20 +393,53 @@ async def test_after_a_restart_one_that_was_only_requested_is_given_up_after_a_l
         f.now_s += 61.0
         await f.controller.migrations.sweep()
         ended = await f.controller.migrations.get(migration.id)
-        assert (ended.outcome, ended.error_code, ended.runs_at) == (Outcome.FAILED, "timed-out", "alpha")
+        assert (ended.outcome, ended.error_code, ended.runs_at) == (
+            Outcome.FAILED,
+            "timed-out",
+            "source host alpha",
+        )
         assert f.hosts["beta"].abandoned == [migration.id]
         assert (await f.controller.vms.show("web")).migration == ""
 
 
-async def test_the_sweep_never_gives_up_what_is_committed() -> None:
+async def test_a_destinations_word_waits_for_the_sources_and_is_taken_without() -> None:
     async with farm() as f:
         await f.running_vm()
         migration = await f.begun(await f.migrate())
         await f.commit(migration)
-        f.now_s += 10_000.0
+        for _ in range(2):
+            await f.report(migration, "beta", Phase.DONE, outcome=Outcome.COMPLETED)
+        held = await f.controller.migrations.get(migration.id)
+        assert (held.outcome, held.phase) == (Outcome.RUNNING, Phase.RUNNING_AT_DESTINATION)
         await f.controller.migrations.sweep()
         assert (await f.controller.migrations.get(migration.id)).outcome is Outcome.RUNNING
-        await f.report(migration, "beta", Phase.DONE, outcome=Outcome.COMPLETED)
+        f.now_s += 11.0
+        await f.controller.migrations.sweep()
+        ended = await f.controller.migrations.get(migration.id)
+        assert (ended.outcome, ended.phase, ended.error) == (Outcome.COMPLETED, Phase.DONE, "")
+
+
+async def test_a_cancel_stays_one_though_the_destination_calls_it_a_failure_first() -> None:
+    async with farm() as f:
+        await f.running_vm()
+        migration = await f.begun(await f.migrate())
+        await f.report(migration, "beta", Phase.ABORTED, outcome=Outcome.FAILED, error="the source gave up")
+        await f.report(migration, "alpha", Phase.ABORTED, outcome=Outcome.CANCELLED)
+        assert (await f.ended(migration)).outcome is Outcome.CANCELLED
+
+
+async def test_what_is_committed_and_never_reported_on_ends_as_the_register_has_it() -> None:
+    async with farm() as f:
+        await f.running_vm()
+        migration = await f.begun(await f.migrate())
+        await f.report(migration, "alpha", Phase.PRECOPY)
+        await f.commit(migration)
+        f.now_s += 10_000.0
+        await f.controller.migrations.sweep()
+        ended = await f.controller.migrations.get(migration.id)
+        assert ended.outcome is Outcome.COMPLETED
+        assert ended.runs_at == "unknown until host beta answers"
+        assert "gives web to host beta" in ended.error
         assert await f.controller.ownership("web") == Ownership(owner="beta", epoch=2)
 
 

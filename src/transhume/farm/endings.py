@@ -59,14 +59,9 @@ class Endings:
                 )
             if kept.record.outcome is not Outcome.RUNNING:
                 return kept.record
-            committed = owner.record == Ownership(owner=record.destination, epoch=record.epoch + 1)
-            if committed and claim.update is None:
+            committed = _demand_possible(record, claim, owner.record)
+            if committed and claim.update is None and claim.outcome is not Outcome.COMPLETED:
                 return None
-            if claim.outcome is Outcome.COMPLETED and not committed:
-                raise Conflict(
-                    f"migration {record.id} is reported as completed, but the register gives VM "
-                    f"{record.vm} to {owner.record.owner} in epoch {owner.record.epoch}"
-                )
             ended = self._ended(record, claim, committed)
             compares = [kept.unchanged, owner.unchanged]
             puts = {migration_key(record.id): encode(ended)}
@@ -80,6 +75,12 @@ class Endings:
             if await self._records.store.transact(compares=compares, puts=puts) is not None:
                 self._note_states(ended)
                 return ended
+
+    async def check(self, record: Migration, claim: Claim) -> None:
+        """Raise `Conflict` when `end` would, and change nothing."""
+        owner = await self._records.ownership(record.vm)
+        if owner is not None:
+            _demand_possible(record, claim, owner.record)
 
     async def add_late_report(self, update: MigrationUpdate) -> None:
         """Join what the other end measured into a record that has ended. Changes nothing else."""
@@ -99,7 +100,7 @@ class Endings:
 
     def _ended(self, record: Migration, claim: Claim, committed: bool) -> Migration:
         joined = record if claim.update is None else merged(record, claim.update)
-        runs_at = claim.runs_at or (record.destination if committed else record.source)
+        runs_at = claim.runs_at or (at_destination(record) if committed else at_source(record))
         error = claim.error
         if not committed:
             outcome, phase = claim.outcome, Phase.ABORTED
@@ -122,6 +123,27 @@ class Endings:
         if ended.outcome is Outcome.COMPLETED and not ended.error:
             self._members.note_vm_state(ended.destination, ended.vm, VmState.RUNNING)
             self._members.note_vm_state(ended.source, ended.vm, VmState.STOPPED)
+
+
+def at_source(record: Migration) -> str:
+    """Where a VM runs that was not moved, in words."""
+    return f"source host {record.source}"
+
+
+def at_destination(record: Migration) -> str:
+    """Where a VM runs that was moved, in words."""
+    return f"destination host {record.destination}"
+
+
+def _demand_possible(record: Migration, claim: Claim, held: Ownership) -> bool:
+    """Whether the register holds the commit. Raises `Conflict` for a completion claimed without one."""
+    committed = held == Ownership(owner=record.destination, epoch=record.epoch + 1)
+    if claim.outcome is Outcome.COMPLETED and not committed:
+        raise Conflict(
+            f"migration {record.id} is reported as completed, but the register gives VM {record.vm} to "
+            f"{held.owner} in epoch {held.epoch}"
+        )
+    return committed
 
 
 def _freed(vm: VmRecord) -> VmRecord:

@@ -11,12 +11,14 @@ class Limits:
 
     `unclaimed_s`: a migration that no mover has reported on is given up after so long (the controller
     restarted while it was being set up). `overdue_s`: one whose movers reported and then fell silent is
-    given up so long after its own deadline.
+    given up so long after its own deadline. `last_word_s`: a destination that says how a migration ended is
+    believed after so long if the source, which has measured most of it, says nothing.
     """
 
     silent_after_s: float = 15.0
     unclaimed_s: float = 60.0
     overdue_s: float = 120.0
+    last_word_s: float = 10.0
     sweep_interval_s: float = 5.0
     token_ttl_s: float = 3600.0
     sample_s: float = 1.0

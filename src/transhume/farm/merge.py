@@ -61,7 +61,9 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
 
 
 def _later(held: Phase, new: Phase) -> Phase:
-    """The later of two phases. Only the end of a migration, which the register decides, makes it ABORTED."""
+    """The later of two phases. DONE and ABORTED come with the end, which is decided elsewhere."""
     if Phase.ABORTED in (held, new):
         return held
+    if new is Phase.DONE:
+        new = Phase.RUNNING_AT_DESTINATION
     return max(held, new, key=_PHASES.index)

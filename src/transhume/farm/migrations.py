@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
-from transhume.farm.endings import Claim, Endings
+from transhume.farm.endings import Claim, Endings, at_destination, at_source
 from transhume.farm.events import EventLog, MigrationEvent
 from transhume.farm.limits import Limits
 from transhume.farm.members import Members
@@ -60,6 +60,7 @@ class Migrations:
         self._live: dict[str, Migration] = {}
         self._heard_at_s: dict[str, float] = {}
         self._setups: dict[str, asyncio.Task[None]] = {}
+        self._last_words: dict[str, tuple[float, Claim]] = {}
         self._beginning: dict[str, asyncio.Lock] = {}
         self._begun: set[str] = set()
 
@@ -159,6 +160,9 @@ class Migrations:
     async def report(self, update: MigrationUpdate) -> None:
         """What an end says of a migration. Saying it twice, late or out of order does no harm.
 
+        The source has the last word, because it has measured the most; a destination's is kept and taken
+        when the source says nothing for a while.
+
         Raises `NotFound` for an unknown migration, `Refused` for a host that has no part in it, `Conflict`
         for an outcome that the register contradicts, and `StoreError`: say it again then.
         """
@@ -172,9 +176,13 @@ class Migrations:
         if update.outcome is Outcome.RUNNING:
             await self._note(merged(record, update), record.phase)
             return
-        ended = await self._endings.end(record, Claim.reported(update))
-        if ended is not None:
-            self._forget(ended)
+        claim = Claim.reported(update)
+        if update.host == record.source:
+            await self._end(record, claim)
+            return
+        await self._endings.check(record, claim)
+        self._last_words[record.id] = (self._clock_s(), claim)
+        await self._note(merged(record, update), record.phase)
 
     async def cancel(self, reference: str) -> CancelReply:
         """Give up a migration, named by its id or by its VM; after the commit, say where the VM runs.
@@ -202,19 +210,21 @@ class Migrations:
             ) from error
 
     async def sweep(self) -> None:
-        """Give up the migrations that nobody has reported on for too long. Called again and again."""
+        """End the migrations that nobody has reported on for too long. Called again and again."""
         now_s = self._clock_s()
         for record in list(self._live.values()):
-            if record.id in self._setups:
+            said_at_s, claim = self._last_words.get(record.id, (now_s, None))
+            if claim is not None and now_s - said_at_s > self._limits.last_word_s:
+                await self._end(record, claim)
+                continue
+            if self._is_preparing(record):
                 continue
             unset = record.phase in (Phase.REQUESTED, Phase.PREPARED)
             limit_s = (
                 self._limits.unclaimed_s if unset else record.options.deadline_s + self._limits.overdue_s
             )
             if now_s - self._heard_at_s.get(record.id, now_s) > limit_s:
-                await self._give_up(
-                    record, TimedOut(f"neither {record.source} nor {record.destination} has reported on it")
-                )
+                await self._end_unreported(record)
 
     async def _enter(self, found: Survey, options: MigrationOptions) -> Migration:
         """The migration, the VM's mark and the register's state in one transaction: only one can win."""
@@ -235,9 +245,9 @@ class Migrations:
                 destination=destination.name,
                 epoch=vm.ownership.epoch,
                 options=options,
-                runs_at=found.source.name,
                 created_at_s=self._clock_s(),
             )
+            migration = migration.model_copy(update={"runs_at": at_source(migration)})
             done = await self._records.store.transact(
                 compares=[kept_vm.unchanged, kept_owner.unchanged, absent(migration_key(migration.id))],
                 puts={
@@ -309,20 +319,36 @@ class Migrations:
             error_code=error.code,
             error=f"migration {record.id} of VM {record.vm} to {record.destination} failed: {error.message}",
         )
+        if await self._end(record, claim) is not None:
+            await self._dismiss(record)
+
+    async def _end_unreported(self, record: Migration) -> None:
+        """Nobody says how a migration ended: the register does, or is made to."""
+        silence = TimedOut(f"neither host {record.source} nor host {record.destination} has reported on it")
+        await self._give_up(record, silence)
+        if record.id in self._live:
+            claim = Claim(
+                outcome=Outcome.COMPLETED,
+                error_code=silence.code,
+                error=f"the register gives {record.vm} to host {record.destination}, but {silence.message}",
+                runs_at=f"unknown until host {record.destination} answers",
+            )
+            await self._end(record, claim)
+
+    async def _end(self, record: Migration, claim: Claim) -> Migration | None:
+        """End a migration in the store, then in memory. None: it is committed and goes on."""
         ended = await self._endings.end(self._live.get(record.id, record), claim)
-        if ended is None:
-            return
-        self._forget(ended)
-        await self._dismiss(record)
+        if ended is not None:
+            self._forget(ended)
+        return ended
 
     async def _cancel_here(self, record: Migration) -> CancelReply:
         claim = Claim(outcome=Outcome.CANCELLED)
         # A set-up that has not come to the source's turn finds the end by itself and cleans up behind it.
-        preparing = record.id in self._setups and record.id not in self._begun
-        ended = await self._endings.end(record, claim)
+        preparing = self._is_preparing(record)
+        ended = await self._end(record, claim)
         if ended is None:
-            return CancelReply(accepted=False, runs_at=record.destination)
-        self._forget(ended)
+            return CancelReply(accepted=False, runs_at=at_destination(record))
         if not preparing:
             await self._dismiss(record)
         return CancelReply(accepted=True, runs_at=ended.runs_at)
@@ -345,9 +371,14 @@ class Migrations:
     def _forget(self, ended: Migration) -> None:
         self._live.pop(ended.id, None)
         self._heard_at_s.pop(ended.id, None)
+        self._last_words.pop(ended.id, None)
         self._beginning.pop(ended.id, None)
         self._begun.discard(ended.id)
         self._events.append(ended)
+
+    def _is_preparing(self, record: Migration) -> bool:
+        """Whether a set-up is under way that has not come to the source's turn."""
+        return record.id in self._setups and record.id not in self._begun
 
     async def _find(self, reference: str) -> Migration:
         with suppress(NotFound):
