@@ -141,9 +141,14 @@ def decide(
             return decision(Choice.ABORT, "the deadline passed before the migration converged")
         return decision(Choice.SWITCH, "the deadline passed")
     if stalled and options.on_deadline is OnDeadline.SWITCH:
-        patience_over = stalled_passes >= STALL_PASSES + LOCAL_MINIMUM_PATIENCE_PASSES
-        if at_local_minimum(passes) or patience_over or len(passes) >= options.max_iterations:
+        if at_local_minimum(passes) and stalled_passes >= STALL_PASSES:
             return decision(Choice.SWITCH, "no progress any more: at a local minimum of the dirty set")
+        if stalled_passes >= STALL_PASSES + LOCAL_MINIMUM_PATIENCE_PASSES:
+            return decision(
+                Choice.SWITCH, "no progress any more, and no local minimum of the dirty set in sight"
+            )
+        if len(passes) >= options.max_iterations:
+            return decision(Choice.SWITCH, f"{len(passes)} iterations were made, the most that were allowed")
     return decision(Choice.CONTINUE, "")
 
 
