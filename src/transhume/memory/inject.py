@@ -37,6 +37,8 @@ _ALL_SIGNALS_BUT_TRAP = 0xFFFF_FFFF_FFFF_FFFF & ~(1 << (signal.SIGTRAP - 1))
 _RESTART_ERRNOS = (512, 513, 514, 516)
 """What the kernel leaves in the registers for a call that it means to restart (ERESTARTSYS and kin)."""
 
+_GRACE_S = 5.0
+
 _REGISTERS = (
     "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base "
     "gs_base ds es fs gs"
@@ -50,6 +52,10 @@ class _Registers(ctypes.Structure):
 
 class _Ended(Exception):
     """The process died, or is being killed, while it was stopped."""
+
+
+class _Late(Exception):
+    """The thread did not stop by the deadline."""
 
 
 def inject_syscall(pid: int, number: int, *arguments: int, timeout_s: float = 5.0) -> int:
@@ -67,6 +73,13 @@ def inject_syscall(pid: int, number: int, *arguments: int, timeout_s: float = 5.
             outcome.append(_inject(pid, number, arguments, timeout_s))
         except _Ended:
             outcome.append(VmmError(f"Process {pid} ended while it was asked for a system call."))
+        except _Late:
+            outcome.append(
+                KernelError(
+                    f"The main thread of process {pid} did not stop within {timeout_s:g} s; it may wait for "
+                    "a disk. Try again."
+                )
+            )
         except TranshumeError as error:
             outcome.append(error)
         except OSError as error:
@@ -113,6 +126,7 @@ def _borrow(pid: int, instruction: int, number: int, arguments: tuple[int, ...],
                 return result
         raise KernelError(f"The system call {number} in process {pid} was interrupted again and again.")
     finally:
+        _swallow_trap(pid)
         _write_registers(pid, saved)
         _ptrace(_SETSIGMASK, pid, 8, ctypes.addressof(saved_mask))
 
@@ -135,13 +149,32 @@ def _step(
     done = instruction + len(_SYSCALL_INSTRUCTION)
     while True:
         _ptrace(_SINGLESTEP, pid)
-        _wait_for_stop(pid, deadline_s)
+        try:
+            _wait_for_stop(pid, deadline_s)
+        except _Late:
+            # The call itself blocks. Break it off: the registers can be restored only in a stop.
+            _ptrace(_INTERRUPT, pid)
+            _wait_for_stop(pid, time.monotonic() + _GRACE_S)
+            raise
         # A job-control stop may come before the step, and the step is then still to be made.
         registers = _read_registers(pid)
         if registers.rip == done:
-            return ctypes.c_int64(registers.rax).value
+            return int(ctypes.c_int64(registers.rax).value)
         if registers.rip != instruction:
             raise KernelError(f"Process {pid} left the injected system call for {registers.rip:#x}.")
+
+
+def _swallow_trap(pid: int) -> None:
+    """Take a SIGTRAP of our step that another stop overtook: left pending, it would kill the process."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as status:
+            pending = next(int(line.split()[1], 16) for line in status if line.startswith("SigPnd:"))
+    except (FileNotFoundError, ProcessLookupError, StopIteration):
+        raise _Ended from None
+    if pending >> (signal.SIGTRAP - 1) & 1:
+        # The signal comes before any instruction is executed.
+        _ptrace(_CONT, pid)
+        _wait_for_stop(pid, time.monotonic() + _GRACE_S)
 
 
 def _wait_for_interrupt(pid: int, deadline_s: float) -> None:
@@ -164,9 +197,7 @@ def _wait_for_stop(pid: int, deadline_s: float) -> int:
                 raise _Ended
             return status
         if time.monotonic() > deadline_s:
-            raise KernelError(
-                f"The main thread of process {pid} did not stop in time; it may wait for a disk. Try again."
-            )
+            raise _Late
         time.sleep(0.0001)
 
 

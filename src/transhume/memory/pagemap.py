@@ -23,11 +23,20 @@ _PAGEMAP_SCAN = 0xC0606610
 _WP_MATCHING = 1
 _CHECK_WPASYNC = 2
 _PAGE_IS_WRITTEN = 2
+_ENTRY_BYTES = 8
 _REGIONS = 1 << 15
 """Regions fetched by one call: 768 KiB of buffer. More regions take more calls."""
 
 
-_SCAN_FIELDS = ("size", "flags", "start", "end", "walk_end", "vec", "vec_len", "max_pages") + (
+_SCAN_FIELDS = (
+    "size",
+    "flags",
+    "start",
+    "end",
+    "walk_end",
+    "vec",
+    "vec_len",
+    "max_pages",
     "category_inverted",
     "category_mask",
     "category_anyof_mask",
@@ -63,10 +72,19 @@ class Scanner:
         while position < end:
             found, position = self._scan(position, end)
             pieces.append(self._regions[:found, :2] - address)
+        self._check_alive(address)
         if not pieces:
             return empty()
         bounds = np.concatenate(pieces) // PAGE_BYTES
         return from_bounds(bounds[:, 0], bounds[:, 1])
+
+    def _check_alive(self, address: int) -> None:
+        """A scan of a process that has ended finds nothing written, which nobody may take for an answer.
+
+        Reading the same file tells: it is empty once the address space is gone.
+        """
+        if len(os.pread(self._fd, _ENTRY_BYTES, address // PAGE_BYTES * _ENTRY_BYTES)) != _ENTRY_BYTES:
+            raise VmmError(f"Process {self._pid} ended while its memory was tracked.")
 
     def close(self) -> None:
         """Close the process's pagemap."""

@@ -117,6 +117,10 @@ class Userfaultfd:
     def _failure(self, verb: str, address: int, length_bytes: int, error: OSError) -> KernelError | VmmError:
         if error.errno == errno.ESRCH:
             return VmmError(f"{self._owner} ended while its memory was tracked.")
+        if (
+            error.errno == errno.ENOMEM
+        ):  # what REGISTER and UNREGISTER answer for an address space that is gone
+            return VmmError(f"{self._owner} ended (or the kernel has no memory left).")
         return KernelError(
             f"The kernel refused to {verb} {length_bytes >> 20} MiB of {self._owner} at {address:#x}: "
             f"{error.strerror}."

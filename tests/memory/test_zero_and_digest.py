@@ -1,0 +1,88 @@
+"""Zero pages are found, and count the same whether memory is behind them or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.memory.processes import make_memfd
+
+from transhume.memory import runs as page_runs
+from transhume.memory import zero
+from transhume.memory.digest import digest
+from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam
+from transhume.model.vm import PAGE_BYTES
+
+PAGES = 600
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, PAGE_BYTES - 1)), min_size=1, max_size=40))
+def test_one_byte_anywhere_makes_a_page_other_than_zero(positions: list[int | None]) -> None:
+    content = np.zeros((len(positions), PAGE_BYTES), dtype=np.uint8)
+    for page, position in enumerate(positions):
+        if position is not None:
+            content[page, position] = 1
+    found = zero.zero_pages(content.view(np.uint64).reshape(-1, WORDS_PER_PAGE))
+    assert found.tolist() == [position is None for position in positions]
+
+
+@given(st.sets(st.integers(0, 99)), st.lists(st.booleans(), min_size=100, max_size=100))
+def test_runs_are_divided_by_content(pages: set[int], is_zero: list[bool]) -> None:
+    runs = page_runs.from_pages(np.array(sorted(pages), dtype=np.int64))
+    zeros, others = zero.by_content(runs, np.array([is_zero[page] for page in sorted(pages)], dtype=np.bool_))
+    assert page_runs.pages_of(zeros).tolist() == [page for page in sorted(pages) if is_zero[page]]
+    assert page_runs.pages_of(others).tolist() == [page for page in sorted(pages) if not is_zero[page]]
+
+
+@pytest.fixture
+def two_blocks() -> Iterator[tuple[GuestBlock, GuestBlock]]:
+    ram = GuestRam.of_fds([make_memfd(PAGES * PAGE_BYTES), make_memfd(PAGES * PAGE_BYTES, 1)])
+    yield ram.blocks[0], ram.blocks[1]
+    ram.close()
+
+
+def write(block: GuestBlock, page: int, content: bytes) -> None:
+    os.pwrite(block.fd, content.ljust(PAGE_BYTES, b"\0"), page * PAGE_BYTES)
+
+
+def test_holes_and_zero_pages_have_the_same_digest(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
+    left, right = two_blocks
+    assert digest(left) == digest(right)
+    for page in (0, 255, 256, 300, PAGES - 1):
+        write(left, page, b"content")
+        write(right, page, b"content")
+    for page in (1, 254, 511, 512, 513):
+        write(left, page, b"")
+    assert digest(left) == digest(right)
+    right.punch(300, 1)
+    assert digest(left) != digest(right)
+    write(left, 300, b"")
+    assert digest(left) == digest(right)
+
+
+def test_place_and_content_count(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
+    left, right = two_blocks
+    write(left, 3, b"content")
+    write(right, 4, b"content")
+    assert digest(left) != digest(right)
+    write(right, 4, b"")
+    write(right, 3, b"contenT")
+    assert digest(left) != digest(right)
+
+
+def test_the_same_content_in_another_piece_differs(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
+    left, right = two_blocks
+    write(left, 10, b"content")
+    write(right, 10 + 256, b"content")
+    assert digest(left) != digest(right)
+
+
+def test_reading_allocates_nothing(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
+    block, _ = two_blocks
+    write(block, 100, b"content")
+    digest(block)
+    assert block.populated_runs().tolist() == [[100, 1]]
