@@ -1,0 +1,83 @@
+"""What one migration of the demo came to: a line of its table and of its JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from transhume.model.migration import Migration, Outcome
+
+MODE = "pre-copy"
+
+
+@dataclass(frozen=True)
+class DemoRecord:
+    """`downtime_ms` is what the engine measured, `guest_gap_ms` what an observer outside the VM saw.
+
+    `corrupt_pages` were found wrong by the guest, which verified all its pages after the migration;
+    `vm_runs_on` is the owner in the farm's register.
+    """
+
+    engine: str
+    mode: str
+    outcome: str
+    total_ms: float
+    downtime_ms: float
+    guest_gap_ms: float
+    wire_bytes: int
+    ram_bytes: int
+    iterations: int
+    corrupt_pages: int
+    vm_runs_on: str
+
+    @property
+    def went_well(self) -> bool:
+        return self.outcome == Outcome.COMPLETED and self.corrupt_pages == 0
+
+
+def record_of(migration: Migration, guest_gap_ms: float, corrupt_pages: int, vm_runs_on: str) -> DemoRecord:
+    report = migration.report
+    return DemoRecord(
+        engine=migration.options.engine.value,
+        mode=MODE,
+        outcome=migration.outcome.value,
+        total_ms=round(report.total_ms, 1),
+        downtime_ms=round(report.downtime.total_ms, 1),
+        guest_gap_ms=round(guest_gap_ms, 1),
+        wire_bytes=report.wire_bytes,
+        ram_bytes=report.ram_bytes,
+        iterations=len(report.iterations),
+        corrupt_pages=corrupt_pages,
+        vm_runs_on=vm_runs_on,
+    )
+
+
+def write_json(path: Path, records: Sequence[DemoRecord]) -> None:
+    path.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
+
+
+def table_of(records: Sequence[DemoRecord]) -> Table:
+    table = Table(title="One running VM, moved there and back by each engine")
+    table.add_column("engine")
+    table.add_column("moved to")
+    table.add_column("outcome")
+    for measure in ("total", "downtime", "guest's gap", "on the wire", "passes", "wrong pages"):
+        table.add_column(measure, justify="right")
+    for record in records:
+        table.add_row(
+            record.engine,
+            record.vm_runs_on,
+            record.outcome,
+            f"{record.total_ms / 1000:.2f} s",
+            f"{record.downtime_ms:.1f} ms",
+            f"{record.guest_gap_ms:.1f} ms",
+            f"{record.wire_bytes / 1e6:.0f} MB",
+            str(record.iterations),
+            str(record.corrupt_pages),
+            style=None if record.went_well else "bold red",
+        )
+    return table

@@ -1,0 +1,85 @@
+"""What the demo makes of a migration's record."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from transhume.demo.record import DemoRecord, record_of, table_of, write_json
+from transhume.model.migration import (
+    DowntimeReport,
+    Engine,
+    IterationReport,
+    Migration,
+    MigrationOptions,
+    MigrationReport,
+    Outcome,
+)
+
+
+def pass_of(index: int) -> IterationReport:
+    return IterationReport(
+        index=index, pages=9, zero_pages=0, wire_bytes=9, duration_ms=1.0, dirty_pages_after=0
+    )
+
+
+MIGRATION = Migration(
+    id="m1",
+    vm="shepherd",
+    source="alpha",
+    destination="beta",
+    epoch=1,
+    options=MigrationOptions(engine=Engine.QEMU),
+    outcome=Outcome.COMPLETED,
+    report=MigrationReport(
+        iterations=(pass_of(0), pass_of(1)),
+        downtime=DowntimeReport(total_ms=12.34),
+        wire_bytes=300_000_000,
+        ram_bytes=512 << 20,
+        total_ms=2345.67,
+    ),
+)
+RECORD = record_of(MIGRATION, guest_gap_ms=15.55, corrupt_pages=0, vm_runs_on="beta")
+
+
+def test_a_record_has_exactly_the_promised_fields(tmp_path: Path) -> None:
+    write_json(tmp_path / "records.json", [RECORD])
+    assert json.loads((tmp_path / "records.json").read_text()) == [
+        {
+            "engine": "qemu",
+            "mode": "pre-copy",
+            "outcome": "completed",
+            "total_ms": 2345.7,
+            "downtime_ms": 12.3,
+            "guest_gap_ms": 15.6,
+            "wire_bytes": 300_000_000,
+            "ram_bytes": 512 << 20,
+            "iterations": 2,
+            "corrupt_pages": 0,
+            "vm_runs_on": "beta",
+        }
+    ]
+
+
+def test_only_a_completed_move_without_wrong_pages_went_well() -> None:
+    assert RECORD.went_well
+    assert not replace(RECORD, corrupt_pages=1).went_well
+    assert not replace(RECORD, outcome="failed").went_well
+    assert not replace(RECORD, outcome="cancelled").went_well
+
+
+def test_the_table_shows_every_record() -> None:
+    text = printed([RECORD, replace(RECORD, engine="transhume", corrupt_pages=7)])
+    for word in ("qemu", "transhume", "beta", "completed", "2.35 s", "12.3 ms", "15.6 ms", "300 MB", "7"):
+        assert word in text
+
+
+def printed(records: list[DemoRecord]) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table_of(records))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
