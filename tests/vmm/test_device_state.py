@@ -109,6 +109,40 @@ async def test_a_cancelled_save_lets_the_vm_go_on(machines: Machines) -> None:
     assert len(await save(source.monitor)) > 50_000
 
 
+async def test_a_save_can_be_given_up_at_any_step(machines: Machines) -> None:
+    source = await stopped_source(machines, machines.spec(boot=True))
+    prepared = await OutgoingState.prepare(source.monitor)
+    await prepared.cancel()
+    assert await source.monitor.status() == "paused"
+
+    interrupted = await OutgoingState.prepare(source.monitor)
+    starting = asyncio.create_task(interrupted.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    await interrupted.cancel()
+    await source.monitor.cont()
+    await until_counting_on(source.process)
+
+
+async def test_stop_and_save_may_be_asked_for_at_once(machines: Machines) -> None:
+    spec = machines.spec(boot=True)
+    source = await machines.start(spec, "source")
+    destination = await waiting_destination(machines, spec)
+    await prepare_save(source.monitor)
+    outgoing = await OutgoingState.prepare(source.monitor)
+    await until_counting(source.process)
+    await asyncio.gather(source.monitor.stop(), outgoing.start())
+    copy_ram(source.process, destination.process)
+    state = b"".join([chunk async for chunk in outgoing.chunks()])
+    await outgoing.finish()
+    await load(destination, state)
+    assert counter(source.process) == counter(destination.process)
+    assert await destination.monitor.status() == "paused"
+    await destination.monitor.cont()
+    await until_counting_on(destination.process)
+
+
 async def test_a_reader_is_released_by_a_cancel(machines: Machines) -> None:
     source = await stopped_source(machines, machines.spec(boot=True))
     outgoing = await OutgoingState.begin(source.monitor)

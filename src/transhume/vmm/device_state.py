@@ -54,8 +54,8 @@ async def prepare_save(monitor: Monitor) -> None:
 class OutgoingState:
     """A device state on its way out of a VM that is stopped.
 
-    Read all `chunks`, then `finish`; or `cancel` at any moment, after which the VM is paused and can be
-    told to run again.
+    `prepare` early, `start` when the VM is stopped, read all `chunks`, then `finish`; or `cancel` at any
+    moment, after which the VM is paused and can be told to run again.
     """
 
     def __init__(self, monitor: Monitor, channel: socket.socket, migration: QemuMigration) -> None:
@@ -64,16 +64,16 @@ class OutgoingState:
         self._migration = migration
         self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
         self._size_bytes = 0
+        self._ram_bytes: asyncio.Task[int] | None = None
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(channel, self._read)
 
     @classmethod
-    async def begin(cls, monitor: Monitor) -> OutgoingState:
-        """Tell QEMU to write its state. Raises `VmmError` when it refuses; the VM is as before then."""
+    async def prepare(cls, monitor: Monitor) -> OutgoingState:
+        """Make the channel and give QEMU its end, while the VM still runs."""
         ours, qemus = _channel()
         migration = QemuMigration(monitor)
         try:
-            await migration.start("migrate", qemus.fileno())
+            await migration.lend_channel(qemus.fileno())
         except BaseException:
             ours.close()
             migration.close()
@@ -81,6 +81,28 @@ class OutgoingState:
         finally:
             qemus.close()
         return cls(monitor, ours, migration)
+
+    @classmethod
+    async def begin(cls, monitor: Monitor) -> OutgoingState:
+        """`prepare` and `start` at once."""
+        outgoing = await cls.prepare(monitor)
+        await outgoing.start()
+        return outgoing
+
+    async def start(self) -> None:
+        """Tell QEMU to write its state. Raises `VmmError` when it refuses; the VM is as before then.
+
+        The command may follow `Monitor.stop` at once (`asyncio.gather(monitor.stop(), outgoing.start())`):
+        QEMU carries out one after the other, and a round trip is saved.
+        """
+        self._loop.add_reader(self._channel, self._read)
+        try:
+            await self._migration.start("migrate")
+        except VmmError:
+            self._close()
+            raise
+        # Asked while QEMU writes, so that `finish` need not wait for the answer.
+        self._ram_bytes = asyncio.create_task(self._ask_ram_bytes(), name="ask for the RAM in the stream")
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The stream, piece by piece, while QEMU writes it; ends when QEMU has closed it.
@@ -95,37 +117,50 @@ class OutgoingState:
 
         Raises `VmmError` with QEMU's reason; the VM is paused then, and `Monitor.cont` lets it go on.
         """
+        assert self._ram_bytes is not None, "start comes first"
         try:
-            status = await self._migration.wait_ended(timeout_s)
+            async with asyncio.timeout(timeout_s):
+                ram_bytes = await self._ram_bytes
+                status = await self._migration.wait_ended()
             if self._size_bytes > STATE_LIMIT_BYTES:
                 raise VmmError(f"QEMU's device state is larger than {STATE_LIMIT_BYTES} bytes: RAM is in it")
             if status != "completed":
                 raise VmmError(f"QEMU could not save its device state: {await self._migration.reason()}")
-            numbers = await self._migration.query()
-        except TimedOut as error:
+            if ram_bytes > STATE_LIMIT_BYTES:
+                raise VmmError(
+                    f"QEMU put {ram_bytes} bytes of RAM into its device state: it does not take the guest's "
+                    "RAM for a shared file, and this version of QEMU cannot be used"
+                )
+        except TimeoutError:
             await self.cancel()
-            raise VmmError(f"QEMU could not save its device state: {error.message}") from error
+            raise VmmError(f"QEMU did not save its device state within {timeout_s:g} s") from None
         finally:
             self._close()
-        saved = SavedState(self._size_bytes, int(numbers["ram"]["total"]))
-        if saved.qemu_ram_bytes > STATE_LIMIT_BYTES:
-            raise VmmError(
-                f"QEMU put {saved.qemu_ram_bytes} bytes of RAM into its device state: it does not take the "
-                "guest's RAM for a shared file, and this version of QEMU cannot be used"
-            )
-        return saved
+        return SavedState(self._size_bytes, ram_bytes)
 
     async def cancel(self) -> None:
         """Give up: returns when QEMU has left its migration. The VM is paused. Safe to call at any time.
 
-        Raises `VmmError` when QEMU is gone.
+        Raises `VmmError` when QEMU is gone, `TimedOut` when it cannot let go.
         """
         # With nobody left to read, a QEMU that hangs in a write gets an error and lets go.
         self._close_channel()
+        await self._stop_asking()
         try:
             await self._migration.cancel()
         finally:
-            self._migration.close()
+            self._close()
+
+    async def _ask_ram_bytes(self) -> int:
+        """How much RAM QEMU counts as part of this migration."""
+        await self._migration.wait_active()
+        numbers = await self._migration.query()
+        return int(numbers.get("ram", {}).get("total", 0))
+
+    async def _stop_asking(self) -> None:
+        if self._ram_bytes is not None:
+            self._ram_bytes.cancel()
+            await asyncio.gather(self._ram_bytes, return_exceptions=True)
 
     def _read(self) -> None:
         """Take what has come; an empty chunk marks the end."""
@@ -183,7 +218,8 @@ class IncomingState:
         ours, qemus = _channel()
         migration = QemuMigration(monitor)
         try:
-            await migration.start("migrate-incoming", qemus.fileno())
+            await migration.lend_channel(qemus.fileno())
+            await migration.start("migrate-incoming")
         except BaseException:
             ours.close()
             migration.close()

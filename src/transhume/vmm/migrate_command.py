@@ -45,22 +45,36 @@ class QemuMigration:
         self._events = self._listening.enter_context(monitor.qmp.subscribe("MIGRATION", "STOP"))
         self._stopped_at_s: float | None = None
         self._status = "none"
+        self._channel = ""
+        self._begun = False
 
-    async def start(self, command: str, channel_fd: int) -> None:
-        """Run `migrate` or `migrate-incoming` on a duplicate of an open pipe or socket.
+    async def lend_channel(self, channel_fd: int) -> None:
+        """Give QEMU a duplicate of an open pipe or socket, for `start`."""
+        assert self._channel == "", "one migration has one channel"
+        name = f"migration{next(_channel_numbers)}"
+        await self._monitor.qmp.execute_with_fd(channel_fd, "getfd", fdname=name)
+        self._channel = name
+
+    async def start(self, command: str) -> None:
+        """Run `migrate` or `migrate-incoming` on the channel.
 
         Raises `VmmError` when QEMU refuses; nothing has begun then.
         """
-        qmp = self._monitor.qmp
-        name = f"migration{next(_channel_numbers)}"
-        await qmp.execute_with_fd(channel_fd, "getfd", fdname=name)
+        assert self._channel, "the channel comes first"
+        # Whoever breaks off this wait cannot know whether QEMU has begun: `cancel` finds out.
+        self._begun = True
         try:
-            await qmp.execute(command, uri=f"fd:{name}")
+            await self._monitor.qmp.execute(command, uri=f"fd:{self._channel}")
         except VmmError:
-            # A channel that QEMU did not take stays in its list; one that it took is unknown there.
-            with contextlib.suppress(VmmError):
-                await qmp.execute("closefd", fdname=name)
+            self._begun = False
+            await self.take_back_channel()
             raise
+
+    async def take_back_channel(self) -> None:
+        """Let QEMU forget a channel that no migration came to use."""
+        # One that QEMU took after all is unknown under its name.
+        with contextlib.suppress(VmmError):
+            await self._monitor.qmp.execute("closefd", fdname=self._channel)
 
     @property
     def ended(self) -> bool:
@@ -76,6 +90,10 @@ class QemuMigration:
             raise VmmError(f"QEMU did not stop the VM: its migration {self._status}: {await self.reason()}")
         return self._stopped_at_s
 
+    async def wait_active(self, timeout_s: float | None = None) -> None:
+        """Return when QEMU has set the migration up, or ended it; from then on its numbers mean something."""
+        await self._listen_until(lambda: self._status not in ("none", "setup"), timeout_s)
+
     async def wait_ended(self, timeout_s: float | None = None) -> str:
         """`completed`, `failed` or `cancelled`. `VmmError` when QEMU dies, `TimedOut` after `timeout_s`."""
         await self._listen_until(lambda: self.ended, timeout_s)
@@ -84,11 +102,18 @@ class QemuMigration:
     async def cancel(self) -> str:
         """Ask QEMU to give up and wait until it has ended, one way or the other: says which.
 
-        Raises `VmmError` when QEMU is gone, `TimedOut` when it cannot let go.
+        One that has not begun never will. Raises `VmmError` when QEMU is gone, `TimedOut` when it cannot
+        let go.
         """
-        if not self.ended:
+        if not self._begun:
+            await self.take_back_channel()
+        elif not self.ended:
             await self._monitor.qmp.execute("migrate_cancel")
-            await self.wait_ended(CANCEL_LIMIT_S)
+            status = str((await self.query()).get("status", "none"))
+            if status in ("none", *ENDED):
+                self._status = status
+            else:
+                await self.wait_ended(CANCEL_LIMIT_S)
         return self._status
 
     async def query(self) -> dict[str, Any]:

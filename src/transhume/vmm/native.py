@@ -65,7 +65,8 @@ class NativeOutgoing:
         )
         migration = QemuMigration(monitor)
         try:
-            await migration.start("migrate", socket_fd)
+            await migration.lend_channel(socket_fd)
+            await migration.start("migrate")
         except BaseException:
             migration.close()
             raise
@@ -114,7 +115,8 @@ class NativeIncoming:
         await monitor.qmp.execute("migrate-set-parameters", announce_rounds=0)
         migration = QemuMigration(monitor)
         try:
-            await migration.start("migrate-incoming", socket_fd)
+            await migration.lend_channel(socket_fd)
+            await migration.start("migrate-incoming")
         except BaseException:
             migration.close()
             raise
