@@ -421,7 +421,7 @@ class Decoder:
             return kind.model_validate_json(bytes(body))
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "its body"
+            where = ".".join(str(part) for part in first["loc"])[:80] or "its body"
             raise _wrong(header, f"is malformed: {where}: {first['msg']}") from None
 
     def runs(self, header: Header, table: Bytes) -> Runs:
