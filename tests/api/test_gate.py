@@ -27,7 +27,7 @@ async def test_over_tcp_a_member_proves_itself() -> None:
     async with two_daemons() as d:
         async with d.far(d.alpha_config, d.beta_bearer) as client:
             assert len(await client.hosts()) == 2
-        for bearer in (None, "beta:wrong", "beta", f"alpha:{d.beta_config.secret}", "nobody:", "beta:\t"):
+        for bearer in (None, "beta:wrong", "beta", f"alpha:{d.beta_config.secret}", "nobody:", "beta:"):
             async with d.far(d.alpha_config, bearer) as client:
                 with pytest.raises(Unauthorized):
                     await client.hosts()
