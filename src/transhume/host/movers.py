@@ -62,7 +62,10 @@ class Movers:
     """Starts and follows the movers of this host."""
 
     def __init__(
-        self, migrations_dir: Path, link: ControllerLink, completed: Callable[[MigrationUpdate], None]
+        self,
+        migrations_dir: Path,
+        link: ControllerLink,
+        completed: Callable[[MoverJob, MigrationUpdate], None],
     ) -> None:
         self._migrations_dir = migrations_dir
         self._link = link
@@ -250,7 +253,7 @@ class Movers:
             if mover.ended.is_set() and told is mover.latest:
                 break
         if told is not None and told.outcome is Outcome.COMPLETED:
-            self._completed(told)
+            self._completed(mover.job, told)
         shutil.rmtree(mover.folder.path, ignore_errors=True)
         self._movers.pop(mover.folder.path.name, None)
         self.stand_by()

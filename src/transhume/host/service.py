@@ -181,15 +181,16 @@ class HostService:
         if process is None:
             raise Conflict(f"VM {vm} does not run on host {self.config.name}")
         process.close()
+        spec = self._vms.spec(vm)
         self._movers.start_source(
             MoverJob(
                 role=Role.SOURCE,
                 migration=order.migration,
-                spec=self._vms.spec(vm),
+                spec=spec,
                 ram_blocks=order.ram_blocks,
                 state_dir=self.config.state_dir,
                 prepared=order.prepared,
-                switchover_cost_s=self._cost.expected_s(),
+                switchover_cost_s=self._cost.expected_s(spec),
             )
         )
 
@@ -202,9 +203,9 @@ class HostService:
         except NotFound:
             return
 
-    def _learn(self, update: MigrationUpdate) -> None:
-        if update.report is not None:
-            self._cost.learn(update.report.downtime)
+    def _learn(self, job: MoverJob, update: MigrationUpdate) -> None:
+        if job.role is Role.SOURCE and update.report is not None:
+            self._cost.learn(job.spec, update.report.downtime)
 
     # --- files -----------------------------------------------------------------------------------
 
