@@ -7,7 +7,7 @@ sorted, disjoint, never empty rows; neighbours may touch. All functions are pure
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,16 +138,18 @@ def split(runs: Runs, max_pages: int) -> Runs:
     return np.stack((first, count), axis=1)
 
 
-def batches(runs: Runs, max_pages: int, max_runs: int) -> Iterator[Runs]:
+def batches(runs: Runs, max_pages: int | Callable[[], int], max_runs: int) -> Iterator[Runs]:
     """Cut the set, in order, into pieces of at most `max_pages` pages and `max_runs` runs each.
 
     A long run goes on in the next piece, so all pieces but the last are full by one measure or the other.
+    A function as `max_pages` is asked before each piece.
     """
+    limit = max_pages if callable(max_pages) else lambda: max_pages
     ends = np.cumsum(runs[:, 1])
     row, taken = 0, 0  # the next run, and how many pages of the whole set are already in a piece
     total = int(ends[-1]) if len(ends) else 0
     while taken < total:
-        stop = min(taken + max_pages, total)
+        stop = min(taken + limit(), total)
         last = min(int(np.searchsorted(ends, stop, side="left")), row + max_runs - 1)
         stop = min(stop, int(ends[last]))
         piece = runs[row : last + 1].copy()

@@ -104,19 +104,18 @@ class PageSender:
         pace: Pace | None,
     ) -> SentPages:
         sent = SentPages()
-        for piece in page_runs.batches(runs, BATCH_PAGES, _BATCH_RUNS):
-            for batch in page_runs.batches(piece, self._step_pages(pace), _BATCH_RUNS):
-                if self._stop.is_set():
-                    return sent + SentPages(complete=False)
-                begun_s = time.monotonic()
-                step = send_batch(block, batch)
-                now_s = time.monotonic()
-                sent += step
-                self._fit_batch(now_s - begun_s)
-                self._account(now_s, step)
-                delay_s = pace.delay_s(now_s, step.wire_bytes) if pace is not None else 0.0
-                if delay_s > 0:
-                    self._stop.wait(delay_s)
+        for batch in page_runs.batches(runs, lambda: self._step_pages(pace), _BATCH_RUNS):
+            if self._stop.is_set():
+                return sent + SentPages(complete=False)
+            begun_s = time.monotonic()
+            step = send_batch(block, batch)
+            now_s = time.monotonic()
+            sent += step
+            self._fit_batch(now_s - begun_s)
+            self._account(now_s, step)
+            delay_s = pace.delay_s(now_s, step.wire_bytes) if pace is not None else 0.0
+            if delay_s > 0:
+                self._stop.wait(delay_s)
         return sent
 
     def _step_pages(self, pace: Pace | None) -> int:
