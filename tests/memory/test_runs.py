@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.memory import runs as page_runs
@@ -40,6 +40,7 @@ def is_longest(runs: Runs) -> bool:
     return bool((runs[1:, 0] > runs[:-1].sum(axis=1)).all())
 
 
+@settings(deadline=None)
 @given(run_sets())
 def test_bitmap_and_back(runs: Runs) -> None:
     bitmap = page_runs.to_bitmap(runs, PAGES)
@@ -50,6 +51,7 @@ def test_bitmap_and_back(runs: Runs) -> None:
     assert page_runs.page_count(runs) == len(as_set(runs))
 
 
+@settings(deadline=None)
 @given(run_sets(), st.integers(1, 50))
 def test_a_bitmap_may_begin_anywhere(runs: Runs, first_page: int) -> None:
     moved = runs.copy()
@@ -58,6 +60,7 @@ def test_a_bitmap_may_begin_anywhere(runs: Runs, first_page: int) -> None:
     assert as_set(page_runs.from_bitmap(bitmap, first_page)) == as_set(moved)
 
 
+@settings(deadline=None)
 @given(run_sets())
 def test_page_numbers_and_back(runs: Runs) -> None:
     pages = page_runs.pages_of(runs)
@@ -65,6 +68,7 @@ def test_page_numbers_and_back(runs: Runs) -> None:
     assert as_set(page_runs.from_pages(pages)) == as_set(runs)
 
 
+@settings(deadline=None)
 @given(run_sets(), run_sets())
 def test_set_operations(left: Runs, right: Runs) -> None:
     union = page_runs.union(left, right)
@@ -74,17 +78,20 @@ def test_set_operations(left: Runs, right: Runs) -> None:
     assert as_set(page_runs.subtract(left, right)) == as_set(left) - as_set(right)
 
 
+@settings(deadline=None)
 @given(run_sets())
 def test_complement(runs: Runs) -> None:
     assert as_set(page_runs.complement(runs, 0, PAGES)) == set(range(PAGES)) - as_set(runs)
 
 
+@settings(deadline=None)
 @given(run_sets(), st.integers(0, PAGES), st.integers(0, PAGES))
 def test_clip(runs: Runs, first_page: int, page_count: int) -> None:
     clipped = page_runs.clip(runs, first_page, page_count)
     assert as_set(clipped) == as_set(runs) & set(range(first_page, first_page + page_count))
 
 
+@settings(deadline=None)
 @given(run_sets(), st.integers(1, 20))
 def test_split_keeps_the_pages_and_bounds_the_runs(runs: Runs, max_pages: int) -> None:
     pieces = page_runs.split(runs, max_pages)
@@ -92,6 +99,7 @@ def test_split_keeps_the_pages_and_bounds_the_runs(runs: Runs, max_pages: int) -
     assert all(0 < count <= max_pages for _, count in pieces.tolist())
 
 
+@settings(deadline=None)
 @given(run_sets(), st.integers(1, 20), st.integers(1, 5))
 def test_batches_are_the_set_in_order(runs: Runs, max_pages: int, max_runs: int) -> None:
     batches = list(page_runs.batches(runs, max_pages, max_runs))
@@ -112,6 +120,7 @@ def test_batches_of_a_long_run() -> None:
     assert batches == [[[5, 4]], [[9, 4]], [[13, 2]]]
 
 
+@settings(deadline=None)
 @given(run_sets())
 def test_sets_of_pages_have_no_fault(runs: Runs) -> None:
     assert page_runs.fault(runs, PAGES) == ""

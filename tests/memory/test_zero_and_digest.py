@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.memory.processes import make_memfd
 
@@ -20,6 +20,7 @@ from transhume.model.vm import PAGE_BYTES
 PAGES = 600
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(0, PAGE_BYTES - 1)), min_size=1, max_size=40))
 def test_one_byte_anywhere_makes_a_page_other_than_zero(positions: list[int | None]) -> None:
     content = np.zeros((len(positions), PAGE_BYTES), dtype=np.uint8)
@@ -30,6 +31,7 @@ def test_one_byte_anywhere_makes_a_page_other_than_zero(positions: list[int | No
     assert found.tolist() == [position is None for position in positions]
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 99)), st.lists(st.booleans(), min_size=100, max_size=100))
 def test_runs_are_divided_by_content(pages: set[int], is_zero: list[bool]) -> None:
     runs = page_runs.from_pages(np.array(sorted(pages), dtype=np.int64))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.memory import runs as page_runs
@@ -103,6 +103,7 @@ def forge(**fields: int) -> bytes:
     return head + struct.pack("<I", zlib.crc32(head))
 
 
+@settings(deadline=None)
 @given(messages)
 def test_messages_come_out_as_they_went_in(message: Message) -> None:
     frame = wire.encode_message(message)
@@ -115,6 +116,7 @@ def test_every_message_type_is_covered() -> None:
     assert covered | binary == set(FrameType)
 
 
+@settings(deadline=None)
 @given(run_sets(), st.integers(0, 1), st.booleans())
 def test_runs_come_out_as_they_went_in(runs: Runs, block: int, zero: bool) -> None:
     frame = wire.encode_zero(block, runs) if zero else wire.encode_pages(block, runs)
@@ -135,6 +137,7 @@ def test_state_chunks() -> None:
             Decoder(End.SOURCE).header(forge(type=FrameType.STATE, length=length))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(data: bytes) -> None:
     for peer in End:
@@ -149,6 +152,7 @@ def test_zeroed_memory_never_parses() -> None:
         Decoder(End.SOURCE).header(forge())
 
 
+@settings(deadline=None)
 @given(messages, st.data())
 def test_truncated_frames_are_refused(message: Message, data: st.DataObject) -> None:
     frame = wire.encode_message(message)
@@ -157,6 +161,7 @@ def test_truncated_frames_are_refused(message: Message, data: st.DataObject) -> 
         decode(decoder_for(message.frame_type), frame[:cut])
 
 
+@settings(deadline=None)
 @given(
     st.one_of(messages.map(wire.encode_message), run_sets().map(lambda runs: wire.encode_pages(1, runs))),
     st.data(),
@@ -175,6 +180,7 @@ def test_a_flipped_bit_never_does_worse_than_another_valid_frame(frame: bytes, d
             decode(decoder, bytes(broken))
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {

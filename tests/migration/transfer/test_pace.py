@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.migration.transfer.pace import Pace
@@ -42,6 +42,7 @@ def test_steps_are_short_in_time() -> None:
     assert Pace(1e12).step_bytes(1 << 20) == 1 << 20
 
 
+@settings(deadline=None)
 @given(
     st.floats(1e3, 1e10),
     st.lists(st.tuples(st.integers(1, 1 << 24), st.floats(0, 2)), min_size=1, max_size=50),
@@ -60,6 +61,7 @@ def test_the_rate_is_never_exceeded_by_more_than_a_burst(
         assert sent_bytes <= allowed * (1 + 1e-6) + 1
 
 
+@settings(deadline=None)
 @given(st.floats(1e4, 1e9), st.integers(1, 200))
 def test_the_rate_is_reached(rate_bytes_s: float, count: int) -> None:
     """A sender that is never slower than the pace is not held back below it."""

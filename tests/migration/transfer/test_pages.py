@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.memory.processes import make_memfd
+from tests.memory.processes import make_memfd, wait_until
 from tests.migration.transfer.connection import connected
 
 from transhume.memory import runs as page_runs
@@ -73,7 +73,9 @@ class Transfer:
 
 
 @contextlib.contextmanager
-def transfer(*page_counts: int, buffer_bytes: int | None = None) -> Iterator[Transfer]:
+def transfer(
+    *page_counts: int, buffer_bytes: int | None = None, silence_limit_s: float = 10.0
+) -> Iterator[Transfer]:
     with contextlib.ExitStack() as stack:
         rams = []
         for _ in range(2):
@@ -81,7 +83,7 @@ def transfer(*page_counts: int, buffer_bytes: int | None = None) -> Iterator[Tra
             rams.append(GuestRam.of_fds(fds))
             stack.callback(rams[-1].close)
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        channels = stack.enter_context(connected(page_counts, buffer_bytes=buffer_bytes))
+        channels = stack.enter_context(connected(page_counts, silence_limit_s, buffer_bytes))
         receiver = PageReceiver(channels[1], rams[1])
         stack.callback(receiver.close)
         stop = threading.Event()
@@ -300,6 +302,54 @@ def test_a_source_that_dies_amid_the_pages(runs: list[list[int]]) -> None:
             received.result(10)
 
 
+ONE_RUN = [[0, 64]]
+MANY_RUNS = [[page, 1] for page in range(0, 64, 2)]
+
+
+@pytest.mark.parametrize("runs", [ONE_RUN, MANY_RUNS])
+def test_a_source_that_falls_silent_amid_the_pages(runs: list[list[int]]) -> None:
+    with transfer(64, silence_limit_s=0.1) as both:
+        received = both.pool.submit(both.receiver.receive)
+        with both.at_source.frame():
+            both.at_source.write(wire.encode_pages(0, np.array(runs, dtype=np.int64)))
+            both.at_source.write(bytes(PAGE_BYTES + 100))
+        with pytest.raises(HostLost, match="host a has been silent"):
+            received.result(10)
+
+
+@pytest.mark.parametrize("runs", [ONE_RUN, MANY_RUNS])
+def test_a_shutdown_ends_a_receiver_amid_the_pages(runs: list[list[int]]) -> None:
+    with transfer(64) as both:
+        received = both.pool.submit(both.receiver.receive)
+        with both.at_source.frame():
+            both.at_source.write(wire.encode_pages(0, np.array(runs, dtype=np.int64)))
+        wait_until(lambda: both.at_destination.received_bytes > wire.HEADER_BYTES)
+        both.at_destination.shutdown("cancelled")
+        with pytest.raises(HostLost, match="closed here: cancelled"):
+            received.result(10)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_destination_that_takes_nothing(step: int) -> None:
+    with transfer(20000, buffer_bytes=65536, silence_limit_s=0.1) as both:
+        both.fill(0, 0, 20000)
+        runs = page_runs.from_pages(np.arange(0, 20000, step, dtype=np.int64))
+        with pytest.raises(HostLost, match="host b"):
+            both.sender.send(0, runs)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_shutdown_ends_a_sender_that_is_held_up(step: int) -> None:
+    with transfer(20000, buffer_bytes=65536) as both:
+        both.fill(0, 0, 20000)
+        runs = page_runs.from_pages(np.arange(0, 20000, step, dtype=np.int64))
+        sent = both.pool.submit(both.sender.send, 0, runs)
+        wait_until(lambda: both.at_source.sent_bytes > 0)
+        both.at_source.shutdown("cancelled")
+        with pytest.raises(HostLost, match="closed here: cancelled"):
+            sent.result(10)
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -318,7 +368,7 @@ def test_a_peer_that_breaks_the_protocol_changes_no_page(frame: Callable[[], byt
         assert both.destination.blocks[0].populated_runs().tolist() == []
 
 
-@pytest.mark.parametrize("runs", [[[0, 64]], [[page, 1] for page in range(0, 64, 2)]])
+@pytest.mark.parametrize("runs", [ONE_RUN, MANY_RUNS])
 def test_memory_that_cannot_be_written_is_the_hosts_fault(runs: list[list[int]]) -> None:
     with transfer(64) as both:
         both.fill(0, 0, 64)

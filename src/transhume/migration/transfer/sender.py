@@ -63,7 +63,8 @@ class PageSender:
     """Sends runs of pages over a channel.
 
     `stop` is looked at between batches, which last about 40 ms at most however slow the link is.
-    `on_progress(pages, wire_bytes)` is told the increments (zero pages count as pages) at most every 50 ms.
+    `on_progress(pages, wire_bytes)` is told the increments (zero pages count as pages) every 50 ms and at
+    the end of each call.
     """
 
     def __init__(
