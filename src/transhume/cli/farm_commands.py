@@ -1,0 +1,258 @@
+"""Hosts: `up`, `join`, `down`, `token`, `hosts`, `forget`, `status`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import shlex
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from transhume.api.client import FarmClient
+from transhume.api.http_connection import authority
+from transhume.cli import daemon_process
+from transhume.cli.session import JsonFlag, Session, demand_root, say, say_json, session, words_of
+from transhume.cli.tables import hosts_table, show
+from transhume.farm.members import Invitation
+from transhume.host.config import DEFAULT_PORT, DEFAULT_VM_USER, HostConfig
+from transhume.model.errors import Conflict, Refused, TranshumeError
+
+NameOption = Annotated[str | None, typer.Option("--name", help="This host's name; default: its host name.")]
+AddressOption = Annotated[
+    str | None, typer.Option("--address", help="Where the other hosts reach this one; default: looked up.")
+]
+PortOption = Annotated[int, typer.Option("--port", help="Where its daemon listens.", min=1, max=65535)]
+UserOption = Annotated[str, typer.Option("--vm-user", help="The unprivileged user that VMs run as.")]
+ForegroundFlag = Annotated[bool, typer.Option("--foreground", help="Do not detach; for service managers.")]
+
+
+def up(
+    context: typer.Context,
+    name: NameOption = None,
+    address: AddressOption = None,
+    port: PortOption = DEFAULT_PORT,
+    vm_user: UserOption = DEFAULT_VM_USER,
+    foreground: ForegroundFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make this server a host: start its daemon. The first host of a farm carries the controller."""
+    current = session(context, as_json)
+    demand_root()
+    known = daemon_process.read_config(current.state_dir)
+    _demand_same(known, name, address)
+    folder_was_made = not current.state_dir.exists()
+    config = known or _new_config(current.state_dir, name, address, port, vm_user)
+    if known is None:
+        daemon_process.write_config(config)
+    if foreground:
+        os.execv(daemon_process.command(config.state_dir)[0], daemon_process.command(config.state_dir))
+    pid = daemon_process.running_pid(config)
+    if pid is None:
+        try:
+            pid = daemon_process.start(config)
+        except BaseException:
+            if known is None:
+                daemon_process.remove_config(config.state_dir, folder_was_made)
+            raise
+    invitation = current.call(lambda client: client.invite()) if config.carries_controller else None
+    _tell_up(current, config, pid, invitation)
+
+
+def join(
+    context: typer.Context,
+    controller: Annotated[str, typer.Argument(metavar="ADDRESS[:PORT]", help="The controller's host.")],
+    token: Annotated[str, typer.Option("--token", help="What `up` or `token` printed there.")],
+    name: NameOption = None,
+    address: AddressOption = None,
+    port: PortOption = DEFAULT_PORT,
+    vm_user: UserOption = DEFAULT_VM_USER,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make this server a host of the farm whose controller is at ADDRESS."""
+    current = session(context, as_json)
+    demand_root()
+    known = daemon_process.read_config(current.state_dir)
+    if known is not None:
+        raise Conflict(
+            f"this server is set up as host {known.name} already; `transhume up` starts its daemon, "
+            "another --state-dir makes a second host"
+        )
+    target = split_address(controller)
+    folder_was_made = not current.state_dir.exists()
+    own = address or daemon_process.own_address(*target)
+    draft = _new_config(current.state_dir, name, own, port, vm_user)
+    asyncio.run(_enter(draft, target, token, folder_was_made))
+    if current.as_json:
+        say_json({"name": draft.name, "address": own, "port": port, "controller": authority(*target)})
+    else:
+        say(f"host {draft.name} has joined the farm of the controller at {authority(*target)}")
+
+
+async def _enter(draft: HostConfig, target: tuple[str, int], token: str, folder_was_made: bool) -> None:
+    """Join, start the daemon, and wait until the controller has heard from it; or leave nothing behind."""
+    async with FarmClient(target) as controller:
+        joined = await controller.join(token, draft.name, draft.address, draft.port)
+    config = draft.model_copy(
+        update={
+            "secret": joined.secret,
+            "controller_address": target[0],
+            "controller_port": target[1],
+        }
+    )
+    try:
+        daemon_process.write_config(config)
+        await asyncio.to_thread(daemon_process.start, config)
+        await daemon_process.wait_until_member(config)
+    except BaseException:
+        await asyncio.shield(_leave(config, folder_was_made))
+        raise
+
+
+async def _leave(config: HostConfig, folder_was_made: bool) -> None:
+    await asyncio.to_thread(daemon_process.stop, config)
+    daemon_process.remove_config(config.state_dir, folder_was_made)
+    bearer = f"{config.name}:{config.secret}"
+    async with FarmClient((config.controller_address, config.controller_port), bearer) as client:
+        try:
+            await client.remove_host(config.name)
+        except TranshumeError:
+            # The controller keeps a member that never reported; joining again under its name replaces it.
+            return
+
+
+def down(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Stop this server's daemon. Its VMs, and migrations under way, go on."""
+    current = session(context, as_json)
+    demand_root()
+    config = daemon_process.read_config(current.state_dir)
+    if config is None:
+        raise Refused(f"{current.state_dir} is not the state folder of a host; `transhume up` sets one up")
+    ran = daemon_process.stop(config)
+    if current.as_json:
+        say_json({"name": config.name, "stopped": ran})
+    else:
+        say(f"the daemon of host {config.name} {'has stopped; its VMs go on' if ran else 'was not running'}")
+
+
+def token(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Print a new token with which one more host may join."""
+    current = session(context, as_json)
+    invitation = current.call(lambda client: client.invite())
+    config = daemon_process.read_config(current.state_dir)
+    if current.as_json or config is None:
+        say_json(invitation)
+    else:
+        say(_join_command(config, invitation))
+
+
+def hosts(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List the hosts of the farm with their resources."""
+    current = session(context, as_json)
+    found = current.call(lambda client: client.hosts())
+    if current.as_json:
+        say_json(list(found))
+    else:
+        show(hosts_table(found))
+
+
+def forget(
+    context: typer.Context,
+    host: Annotated[str, typer.Argument(help="A host that owns no VM.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove a host from the farm."""
+    current = session(context, as_json)
+    current.call(lambda client: client.remove_host(host))
+    if current.as_json:
+        say_json({"name": host})
+    else:
+        say(f"host {host} is no longer a member of the farm")
+
+
+def status(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """Say whether this server's daemon answers, and who carries the controller."""
+    current = session(context, as_json)
+    pong = current.call(lambda client: client.ping())
+    config = daemon_process.read_config(current.state_dir)
+    if current.as_json:
+        say_json(pong)
+        return
+    where = "this host" if pong.carries_controller or config is None else config.controller_address
+    say(f"host {pong.host} runs Transhume {pong.version}; the controller is on {where}")
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`10.0.0.1`, `10.0.0.1:7461`, `[fd00::1]:7461` or a bare IPv6 address. Raises `Refused`."""
+    found = re.fullmatch(
+        r"\[(?P<six>[0-9a-fA-F:]+)\](?::(?P<port6>\d+))?|(?P<host>[^:\s]+)(?::(?P<port>\d+))?", text
+    )
+    if found is None:
+        if re.fullmatch(r"[0-9a-fA-F:]+", text):
+            return text, DEFAULT_PORT
+        raise Refused(f"{text!r} is not an address; try 10.0.0.1 or 10.0.0.1:{DEFAULT_PORT}")
+    port = int(found["port6"] or found["port"] or DEFAULT_PORT)
+    if not 1 <= port <= 65535:
+        raise Refused(f"{port} is not a port; try {DEFAULT_PORT}")
+    return found["six"] or found["host"], port
+
+
+def _new_config(
+    state_dir: Path, name: str | None, address: str | None, port: int, vm_user: str
+) -> HostConfig:
+    wanted = name or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")
+    try:
+        return HostConfig(
+            name=wanted,
+            state_dir=state_dir,
+            # Towards a documentation address: nothing is sent, the kernel only names the interface.
+            address=address or daemon_process.own_address("192.0.2.1", port),
+            port=port,
+            secret=secrets.token_hex(32),
+            vm_user=vm_user,
+        )
+    except ValidationError as error:
+        raise Refused(f"host {wanted!r} cannot be set up: {words_of(error)}") from error
+
+
+def _demand_same(known: HostConfig | None, name: str | None, address: str | None) -> None:
+    if known is None:
+        return
+    for what, held, wanted in (("name", known.name, name), ("address", known.address, address)):
+        if wanted is not None and wanted != held:
+            raise Conflict(
+                f"this server is set up already, as host {known.name} with the {what} {held}; "
+                f"leave out --{what}, or edit {daemon_process.config_file(known.state_dir)} while it is down"
+            )
+
+
+def _join_command(config: HostConfig, invitation: Invitation) -> str:
+    where = config.address if config.port == DEFAULT_PORT else authority(config.address, config.port)
+    return shlex.join(["transhume", "join", where, "--token", invitation.token])
+
+
+def _tell_up(current: Session, config: HostConfig, pid: int, invitation: Invitation | None) -> None:
+    if current.as_json:
+        answer: dict[str, object] = {
+            "name": config.name,
+            "address": config.address,
+            "port": config.port,
+            "state_dir": str(config.state_dir),
+            "pid": pid,
+        }
+        if invitation is not None:
+            answer |= {
+                "token": invitation.token,
+                "token_expires_at_s": invitation.expires_at_s,
+                "join_command": _join_command(config, invitation),
+            }
+        say_json(answer)
+        return
+    say(f"host {config.name} is up at {authority(config.address, config.port)} (process {pid})")
+    if invitation is not None:
+        say(f"let another server join within an hour, once:\n  {_join_command(config, invitation)}")

@@ -1,0 +1,154 @@
+"""Migrations: `migrate`, `cancel`, `migrations`, `migration`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from transhume.api.client import FarmClient
+from transhume.cli.follow import follow, view_for
+from transhume.cli.quantities import parse_rate_bytes_s, parse_time_ms, parse_time_s
+from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
+from transhume.cli.tables import dry_run_report, migration_report, migrations_table, show
+from transhume.model.errors import Refused
+from transhume.model.migration import Engine, Migration, MigrationOptions, OnDeadline
+
+_DEFAULTS = MigrationOptions()
+
+
+def migrate(
+    context: typer.Context,
+    vm: Annotated[str, typer.Argument(metavar="VM", help="A running VM.")],
+    to: Annotated[
+        str | None, typer.Option("--to", help="The destination; default: the host with most memory.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option("--engine", help="Who moves the memory.")] = _DEFAULTS.engine,
+    max_downtime: Annotated[
+        str,
+        typer.Option(
+            "--max-downtime", metavar="MS", help="Switch when the downtime is under this, such as 50."
+        ),
+    ] = f"{_DEFAULTS.max_downtime_ms:g}",
+    deadline: Annotated[
+        str, typer.Option("--deadline", metavar="S", help="It must be over by then, such as 300 or 5m.")
+    ] = f"{_DEFAULTS.deadline_s:g}",
+    on_deadline: Annotated[
+        OnDeadline, typer.Option("--on-deadline", help="What to do when it is not.")
+    ] = _DEFAULTS.on_deadline,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--bandwidth", metavar="RATE", help="At most so many BYTES a second (500M), or bits (4Gbit)."
+        ),
+    ] = None,
+    threshold_pages: Annotated[
+        int | None,
+        typer.Option("--threshold-pages", metavar="N", help="Switch when at most N pages are left."),
+    ] = None,
+    threshold_fraction: Annotated[
+        float | None,
+        typer.Option(
+            "--threshold-fraction", metavar="F", help="Switch when at most this share of RAM is left."
+        ),
+    ] = None,
+    max_iterations: Annotated[int, typer.Option("--max-iterations")] = _DEFAULTS.max_iterations,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare a hash of all RAM; lengthens the downtime.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would meet.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Move a running VM to another host.
+
+    Exit code: 0 moved, 2 refused (nothing changed), 3 failed (the VM is where it was), 4 cancelled,
+    5 unknown (the controller was lost).
+    """
+    current = session(context, as_json)
+    values = {
+        "engine": engine,
+        "max_downtime_ms": parse_time_ms(max_downtime),
+        "deadline_s": parse_time_s(deadline),
+        "on_deadline": on_deadline,
+        "bandwidth_bytes_s": None if bandwidth is None else parse_rate_bytes_s(bandwidth),
+        "threshold_pages": threshold_pages,
+        "threshold_fraction": threshold_fraction,
+        "max_iterations": max_iterations,
+        "verify": verify,
+    }
+    try:
+        options = MigrationOptions.model_validate(values)
+    except ValidationError as error:
+        raise Refused(f"VM {vm} cannot be moved like this: {words_of(error)}") from error
+    if dry_run:
+        raise typer.Exit(_dry_run(current, vm, to, options))
+    raise typer.Exit(current.call(lambda client: _migrate(client, current, vm, to, options, detach)))
+
+
+async def _migrate(
+    client: FarmClient, current: Session, vm: str, to: str | None, options: MigrationOptions, detach: bool
+) -> int:
+    migration = await client.migrate(vm, to, options)
+    if not detach:
+        return await follow(client, migration, view_for(current.as_json))
+    if current.as_json:
+        say_json({"type": "report", "migration": migration.model_dump(mode="json")})
+    else:
+        say(
+            f"moving VM {vm} to {migration.destination}; "
+            f"`transhume migration {migration.id}` tells how far it is"
+        )
+    return 0
+
+
+def _dry_run(current: Session, vm: str, to: str | None, options: MigrationOptions) -> int:
+    answer = current.call(lambda client: client.dry_run(vm, to, options))
+    if current.as_json:
+        say_json({"type": "dry-run", "dry_run": answer.model_dump(mode="json")})
+    else:
+        show(dry_run_report(answer))
+    return Refused.exit_code if answer.reasons else 0
+
+
+def cancel(
+    context: typer.Context,
+    reference: Annotated[str, typer.Argument(metavar="MIGRATION|VM", help="Its id, or the name of the VM.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Give up a migration; after its commit, say where the VM runs. Exit code 2 when it was too late."""
+    current = session(context, as_json)
+    reply = current.call(lambda client: client.cancel(reference))
+    if current.as_json:
+        say_json(reply)
+    elif reply.accepted:
+        say(f"cancelled; the VM runs at: {reply.runs_at}")
+    else:
+        say(f"too late to cancel; the VM runs at: {reply.runs_at}")
+    if not reply.accepted:
+        raise typer.Exit(Refused.exit_code)
+
+
+def migrations(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List the migrations, past and under way."""
+    current = session(context, as_json)
+    found: list[Migration] = current.call(lambda client: client.migrations())
+    if current.as_json:
+        say_json(list(found))
+    else:
+        show(migrations_table(found))
+
+
+def migration(
+    context: typer.Context,
+    identity: Annotated[str, typer.Argument(metavar="MIGRATION", help="Its id.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the report of one migration."""
+    current = session(context, as_json)
+    found = current.call(lambda client: client.migration(identity))
+    if current.as_json:
+        say_json(found)
+    else:
+        show(migration_report(found))

@@ -1,0 +1,218 @@
+"""VMs: `vm create|start|stop|kill|delete|show|list|log|console|screendump`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from transhume.cli.quantities import parse_size_bytes, parse_time_s
+from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
+from transhume.cli.tables import show, vm_details, vms_table
+from transhume.model.errors import Refused
+from transhume.model.vm import Accel, Disk, Display, Vm, VmSpec
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The VM's name.")]
+
+app = typer.Typer(name="vm", help="Make, start, stop and look at VMs.", no_args_is_help=True)
+
+
+@app.command("create")
+def create(
+    context: typer.Context,
+    name: NameArgument,
+    memory: Annotated[str, typer.Option("--memory", help="Its RAM, such as 512M or 1G (powers of 1024).")],
+    cpus: Annotated[int, typer.Option("--cpus", help="Its vCPUs.")] = 1,
+    numa_nodes: Annotated[
+        int, typer.Option("--numa-nodes", help="How many blocks its RAM is split into.")
+    ] = 1,
+    kernel: Annotated[Path | None, typer.Option("--kernel", help="A Linux kernel to boot.")] = None,
+    initrd: Annotated[Path | None, typer.Option("--initrd", help="An initial ramdisk.")] = None,
+    append: Annotated[str, typer.Option("--append", help="The kernel's command line.")] = "",
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disk",
+            help="PATH[,format=raw|qcow2][,cache=direct][,readonly]; reachable on every host. May repeat.",
+        ),
+    ] = None,
+    display: Annotated[Display, typer.Option("--display", help="What the guest draws on.")] = Display.NONE,
+    accel: Annotated[Accel, typer.Option("--accel", help="Who executes the guest.")] = Accel.AUTO,
+    machine: Annotated[
+        str, typer.Option("--machine", help="A versioned QEMU machine, such as pc-q35-7.2.")
+    ] = "",
+    cpu: Annotated[str, typer.Option("--cpu", help="A QEMU CPU model.")] = "",
+    host: Annotated[str | None, typer.Option("--host", help="Who shall own it; default: this host.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a VM; nothing runs yet."""
+    try:
+        spec = VmSpec(
+            name=name,
+            memory_bytes=parse_size_bytes(memory),
+            cpus=cpus,
+            numa_nodes=numa_nodes,
+            kernel=_absolute(kernel),
+            initrd=_absolute(initrd),
+            append=append,
+            disks=tuple(parse_disk(text) for text in disk or []),
+            display=display,
+            accel=accel,
+            machine_type=machine,
+            cpu_model=cpu,
+        )
+    except ValidationError as error:
+        raise Refused(f"VM {name} cannot be made: {words_of(error)}") from error
+    current = session(context, as_json)
+    made = current.call(lambda client: client.create_vm(spec, host))
+    _tell(
+        current, made, f"VM {name} is made on {made.ownership.owner}; `transhume vm start {name}` starts it"
+    )
+
+
+@app.command("start")
+def start(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
+    """Start a VM on the host that owns it."""
+    current = session(context, as_json)
+    vm = current.call(lambda client: client.start_vm(name))
+    _tell(current, vm, f"VM {name} runs on {vm.ownership.owner}")
+
+
+@app.command("stop")
+def stop(
+    context: typer.Context,
+    name: NameArgument,
+    timeout: Annotated[
+        str, typer.Option("--timeout", help="How long the guest may take, such as 30s.")
+    ] = "60s",
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask the guest to power down, and wait."""
+    current = session(context, as_json)
+    timeout_s = parse_time_s(timeout)
+    vm = current.call(lambda client: client.stop_vm(name, timeout_s))
+    _tell(current, vm, f"VM {name} has stopped")
+
+
+@app.command("kill")
+def kill(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
+    """End a VM at once, as pulling the plug does."""
+    current = session(context, as_json)
+    vm = current.call(lambda client: client.kill_vm(name))
+    _tell(current, vm, f"VM {name} was ended")
+
+
+@app.command("delete")
+def delete(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
+    """Forget a stopped VM. Its disks stay."""
+    current = session(context, as_json)
+    current.call(lambda client: client.delete_vm(name))
+    if current.as_json:
+        say_json({"name": name})
+    else:
+        say(f"VM {name} is deleted")
+
+
+@app.command("show")
+def show_vm(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
+    """Show one VM."""
+    current = session(context, as_json)
+    vm = current.call(lambda client: client.vm(name))
+    if current.as_json:
+        say_json(vm)
+    else:
+        show(vm_details(vm))
+
+
+@app.command("list")
+def list_vms(context: typer.Context, as_json: JsonFlag = False) -> None:
+    """List the VMs of the farm."""
+    current = session(context, as_json)
+    vms = current.call(lambda client: client.vms())
+    if current.as_json:
+        say_json(list(vms))
+    else:
+        show(vms_table(vms))
+
+
+@app.command("log")
+def log(
+    context: typer.Context,
+    name: NameArgument,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="What the guest printed, not what QEMU said.")
+    ] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, max=10_000)] = 100,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the last lines of a VM's log."""
+    current = session(context, as_json)
+    text = current.call(lambda client: client.vm_log(name, serial, lines))
+    if current.as_json:
+        say_json({"name": name, "text": text})
+    else:
+        typer.echo(text, nl=not text.endswith("\n"))
+
+
+@app.command("console")
+def console(context: typer.Context, name: NameArgument) -> None:
+    """Join a VM's serial console. Ctrl-] leaves it."""
+    # Loaded here: the library behind it would slow every other command down.
+    from transhume.cli.console import talk
+
+    session(context).call(lambda client: talk(client, name))
+
+
+@app.command("screendump")
+def screendump(
+    context: typer.Context,
+    name: NameArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the PNG goes.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Save the guest's screen as a PNG."""
+    current = session(context, as_json)
+    picture = current.call(lambda client: client.screendump(name))
+    try:
+        file.write_bytes(picture)
+    except OSError as error:
+        raise Refused(f"{file} cannot be written: {error.strerror}") from error
+    if current.as_json:
+        say_json({"name": name, "file": str(file), "bytes": len(picture)})
+    else:
+        say(f"{file} shows the screen of VM {name}")
+
+
+def parse_disk(text: str) -> Disk:
+    """`PATH[,format=raw|qcow2][,cache=direct][,readonly]`. Raises `Refused`."""
+    path, *options = text.split(",")
+    values: dict[str, object] = {"path": _absolute(Path(path)), "format": "raw"}
+    for option in options:
+        match option.split("=", 1):
+            case ["format", "raw" | "qcow2" as kind]:
+                values["format"] = kind
+            case ["cache", "direct"]:
+                values["cache_direct"] = True
+            case ["readonly"]:
+                values["read_only"] = True
+            case _:
+                raise Refused(
+                    f"the disk's option {option!r} is not known; there are format=raw, format=qcow2, "
+                    "cache=direct and readonly"
+                )
+    if not path:
+        raise Refused("a disk needs the path of its image; try --disk /srv/images/web.qcow2,format=qcow2")
+    return Disk.model_validate(values)
+
+
+def _absolute(path: Path | None) -> str:
+    return "" if path is None else str(path.absolute())
+
+
+def _tell(current: Session, vm: Vm, sentence: str) -> None:
+    if current.as_json:
+        say_json(vm)
+    else:
+        say(sentence)
