@@ -81,7 +81,7 @@ async def test_the_report_adds_up(farm: Farm) -> None:
     assert parts.commit_ms > 0
     assert parts.resume_ms > 0
     assert report.total_ms >= parts.total_ms
-    assert report.converged
+    assert report.converged, report
 
 
 async def test_a_vm_that_moved_can_be_stopped_started_and_deleted_there(farm: Farm) -> None:

@@ -101,6 +101,7 @@ class DestinationMachine(Machine[DestinationState]):
             **_TROUBLE,
             ev.StateReceived: Rule("_state_received", (D.COMMITTING,)),
             ev.StateLoaded: Rule("_state_loaded", (D.COMMITTING,)),
+            ev.LastPagesReceived: Rule("_heard", ()),
             ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
         },
         D.COMMITTING: {

@@ -392,7 +392,8 @@ class DestinationDriver(Driver[DestinationState]):
 
     async def _resume_vm(self, _: ev.ResumeVm) -> Event:
         monitor = await self._qemu()
-        if await monitor.status() != "running":
+        # A successor may find that its predecessor resumed it; otherwise every round trip is downtime.
+        if self._predecessor_state is None or await monitor.status() != "running":
             await monitor.cont()
         return ev.VmResumed()
 

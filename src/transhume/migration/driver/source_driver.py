@@ -245,6 +245,7 @@ class SourceDriver(Driver[SourceState]):
             self._tracked = await TrackedRam.attach(monitor, self._process.pid)
             await self._in_data_thread(self._tracked.tracker.arm)
             await prepare_save(monitor)
+            self._outgoing = await OutgoingState.prepare(monitor)
         return ev.Armed(self.job.switchover_cost_s)
 
     async def _send_pass(self, command: ev.SendPass) -> Event:
@@ -310,61 +311,81 @@ class SourceDriver(Driver[SourceState]):
         self._loop.call_soon_threadsafe(self._progress.sent, pages, wire_bytes, now_s)
 
     async def _pause_vm(self, _: ev.PauseVm) -> Event:
-        await self._qemu().stop()
+        """Stop the vCPUs, and let QEMU collect its device state while the last pages travel."""
+        assert self._outgoing is not None
+        await asyncio.gather(self._qemu().stop(), self._outgoing.start())
         return ev.VmPaused()
 
     async def _send_last_pages(self, _: ev.SendLastPages) -> Event:
         began_s = time.monotonic()
-        sent = await self._in_data_thread(self._send_rest)
-        duration_s = time.monotonic() - began_s
-        digests: tuple[str, ...] = ()
-        if self._options.verify:
-            assert self._tracked is not None
-            blocks = self._tracked.ram.blocks
-            digests = await self._in_data_thread(lambda: tuple(digest(block) for block in blocks))
         verified = self._expect(wire.FrameType.PAGES_VERIFIED)
-        await self._send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
+        sent, last_page_s = await self._in_data_thread(self._send_rest)
         if self._options.verify:
             await verified
-        verify_s = time.monotonic() - began_s - duration_s if self._options.verify else 0.0
         result = ev.PassResult(
             index=len(self._source.passes),
             pages=sent.pages,
             zero_pages=sent.zero_pages,
             wire_bytes=sent.wire_bytes,
-            duration_s=duration_s,
+            duration_s=last_page_s - began_s,
             dirty_pages_after=0,
         )
+        verify_s = time.monotonic() - last_page_s if self._options.verify else 0.0
         return ev.LastPagesSent(result, verify_s)
 
-    def _send_rest(self) -> SentPages:
-        """In the data thread: the VM is paused, so this scan is the last."""
+    def _send_rest(self) -> tuple[SentPages, float]:
+        """In the data thread: the VM is paused, so this scan is the last. Also the time of the last page."""
         assert self._tracked is not None
+        assert self._channel is not None
         dirty = self._tracked.tracker.collect()
         runs = [page_runs.union(*pair) for pair in zip(dirty, self._left, strict=True)]
         sent, _ = self._send_runs(runs, paced=False)
-        return sent
+        last_page_s = time.monotonic()
+        digests: tuple[str, ...] = ()
+        if self._options.verify:
+            digests = tuple(digest(block) for block in self._tracked.ram.blocks)
+        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
+        return sent, last_page_s
 
     async def _send_state(self, _: ev.SendState) -> Event:
         if self._options.engine is Engine.QEMU:
-            await self._send(
-                wire.LastPagesEnd(pages=0, zero_pages=0),
-                wire.StateEnd(length_bytes=0, sha256=hashlib.sha256().hexdigest()),
-            )
-            return ev.StateSent(0)
-        assert self._channel is not None
+            return await self._end_native_state()
+        channel, outgoing = self._channel, self._outgoing
+        assert channel is not None
+        assert outgoing is not None
         fingerprint = hashlib.sha256()
         length_bytes = 0
-        self._outgoing = await OutgoingState.begin(self._qemu())
-        async for chunk in self._outgoing.chunks():
+        async for chunk in outgoing.chunks():
             fingerprint.update(chunk)
             length_bytes += len(chunk)
-            await self._in_data_thread(self._channel.send_state, chunk)
-        await self._outgoing.finish()
-        await self._send(wire.StateEnd(length_bytes=length_bytes, sha256=fingerprint.hexdigest()))
+            await self._in_data_thread(channel.send_state, chunk)
+        await outgoing.finish()
+        end = wire.StateEnd(length_bytes=length_bytes, sha256=fingerprint.hexdigest())
+        await self._in_data_thread(self._end_state, channel, end)
         return ev.StateSent(length_bytes)
 
+    def _end_state(self, channel: FrameChannel, end: wire.StateEnd) -> None:
+        """In the data thread: QEMU is done, and nothing may have been written since the last scan.
+
+        Were a device to write guest RAM while it saves its state, that page would be lost without a sign:
+        so it is looked for, and sent, before the end mark that lets the destination commit.
+        """
+        assert self._tracked is not None
+        late = self._tracked.tracker.collect()
+        if _count(late):
+            sent, _ = self._send_runs(late, paced=False)
+            channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
+        channel.send(end)
+
     # --- QEMU's own engine -----------------------------------------------------------------------
+
+    async def _end_native_state(self) -> Event:
+        """QEMU has sent everything through its own connection: only the end marks are ours."""
+        await self._send(
+            wire.LastPagesEnd(pages=0, zero_pages=0),
+            wire.StateEnd(length_bytes=0, sha256=hashlib.sha256().hexdigest()),
+        )
+        return ev.StateSent(0)
 
     async def _run_native(self, _: ev.RunNative) -> Event:
         """QEMU copies, stops the VM by itself and sends everything; the end mark goes through our channel."""
