@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from transhume.api.console_client import join_console
 from transhume.api.http_calls import HttpCalls
 from transhume.api.http_connection import authority
 from transhume.api.problem import from_problem
@@ -98,6 +97,9 @@ class FarmClient:
         return await self._calls.send("GET", f"/v1/vms/{name}/screendump")
 
     def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        # Loaded here: the library behind it would slow every other command down.
+        from transhume.api.console_client import join_console
+
         path = f"/v1/vms/{name}/console"
         return join_console(self._calls.peer, self._target, path, self._bearer, received)
 

@@ -12,7 +12,7 @@ _NARROW_COLUMNS = 110
 
 
 def progress_line(record: Migration, width: int) -> str:
-    """Bar, share, phase, bytes, rates, the time left, the expected downtime and the verdict, cut at `width`."""
+    """Bar, share, phase, bytes, rates, time left, downtime to expect and verdict, cut at `width`."""
     progress = record.progress
     cells = _NARROW_BAR_CELLS if width < _NARROW_COLUMNS else _BAR_CELLS
     if progress is None:
