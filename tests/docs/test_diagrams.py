@@ -29,7 +29,7 @@ def test_a_picture_has_every_change_of_state_and_no_other(name: str) -> None:
         for target in rule.targets
         if target != state
     }
-    drawn = set()
+    drawn: set[tuple[str, str, str]] = set()
     for line in picture(name).split("\n")[1:]:
         arrow, events = line.strip().split(": ")
         begin, end = (part.replace("_", "-") for part in arrow.split(" --> "))
