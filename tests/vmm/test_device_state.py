@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import pytest
 from tests.vmm.machines import Machines, copy_ram, counter, open_ram, until_counting, until_counting_on
 
-from transhume.model.errors import VmmError
+from transhume.model.errors import TimedOut, VmmError
 from transhume.model.vm import Display, VmSpec
 from transhume.vmm import device_state
 from transhume.vmm.device_state import IncomingState, OutgoingState, prepare_load, prepare_save, save
@@ -125,14 +126,16 @@ async def test_a_save_can_be_given_up_at_any_step(machines: Machines) -> None:
     await until_counting_on(source.process)
 
 
-async def test_stop_and_save_may_be_asked_for_at_once(machines: Machines) -> None:
+async def test_qemu_may_write_while_the_last_pages_go(machines: Machines) -> None:
     spec = machines.spec(boot=True)
     source = await machines.start(spec, "source")
     destination = await waiting_destination(machines, spec)
     await prepare_save(source.monitor)
     outgoing = await OutgoingState.prepare(source.monitor)
     await until_counting(source.process)
-    await asyncio.gather(source.monitor.stop(), outgoing.start())
+    await outgoing.start()
+    await source.monitor.stop()
+    outgoing.release()
     copy_ram(source.process, destination.process)
     state = b"".join([chunk async for chunk in outgoing.chunks()])
     await outgoing.finish()
@@ -159,9 +162,9 @@ async def test_a_failed_save_lets_the_vm_go_on(machines: Machines) -> None:
     """The reader goes away in the middle of the stream."""
     source = await stopped_source(machines, machines.spec(boot=True))
     counted = counter(source.process)
+    outgoing = await OutgoingState.begin(source.monitor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_state, "STATE_LIMIT_BYTES", 1000)
-        outgoing = await OutgoingState.begin(source.monitor)
         with pytest.raises(VmmError, match="larger than 1000 bytes: RAM is in it"):
             await outgoing.finish()
     assert counter(source.process) == counted
@@ -171,15 +174,62 @@ async def test_a_failed_save_lets_the_vm_go_on(machines: Machines) -> None:
     assert len(await save(source.monitor)) > 50_000
 
 
-async def test_ram_in_the_stream_is_found_out(machines: Machines) -> None:
-    source = await stopped_source(machines, machines.spec(boot=True))
+async def test_ram_in_the_stream_is_found_out_while_the_vm_runs(machines: Machines) -> None:
+    source = await machines.start(machines.spec(boot=True))
+    await prepare_save(source.monitor)
     await source.monitor.qmp.execute(
         "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_state, "STATE_LIMIT_BYTES", 16 << 20)
-        with pytest.raises(VmmError, match=r"QEMU put \d+ bytes of RAM into its device state"):
-            await save(source.monitor)
+        with pytest.raises(VmmError, match=r"QEMU puts \d+ bytes of RAM into its device state"):
+            await OutgoingState.begin(source.monitor)
+    assert await source.monitor.status() == "running"
+
+
+async def test_qemu_waits_for_the_pause_and_the_vm_runs_meanwhile(machines: Machines) -> None:
+    source = await machines.start(machines.spec(boot=True, display=Display.VNC))
+    await prepare_save(source.monitor)
+    await until_counting(source.process)
+    with source.monitor.qmp.subscribe("STOP") as stops:
+        for _ in range(2):
+            outgoing = await OutgoingState.begin(source.monitor)
+            with pytest.raises(TimedOut):
+                await stops.next(0.3)
+            await until_counting_on(source.process)
+            await outgoing.cancel()
+            assert await source.monitor.status() == "running"
+            await until_counting_on(source.process)
+
+
+async def test_the_death_of_the_reader_does_not_stop_the_vm(machines: Machines) -> None:
+    source = await machines.start(machines.spec(boot=True))
+    script = """
+import asyncio, os, sys
+from pathlib import Path
+from transhume.vmm.device_state import OutgoingState, prepare_save
+from transhume.vmm.monitor import Monitor
+
+async def die():
+    monitor = await Monitor.connect(Path(sys.argv[1]))
+    await prepare_save(monitor)
+    await OutgoingState.begin(monitor)
+    os._exit(0)
+
+asyncio.run(die())
+"""
+    mover_socket = str(source.monitor.paths.mover_qmp_socket)
+    with source.monitor.qmp.subscribe("MIGRATION") as changes:
+        reader = await asyncio.create_subprocess_exec(sys.executable, "-c", script, mover_socket)
+        assert await reader.wait() == 0
+        while (await changes.next(10)).data["status"] != "failed":
+            pass
+    assert await source.monitor.status() == "running"
+    await until_counting_on(source.process)
+    await prepare_save(source.monitor)
+    outgoing = await OutgoingState.begin(source.monitor)
+    await source.monitor.stop()
+    await outgoing.finish()
 
 
 async def test_the_death_of_the_source_is_noticed(machines: Machines) -> None:

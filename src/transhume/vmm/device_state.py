@@ -3,11 +3,20 @@
 This is what the patent calls non-memory state. QEMU leaves RAM out with the capability `x-ignore-shared`
 when the RAM is a shared file, which ours is; what stays are the devices, the ROMs and the frame buffer.
 
-The time it takes is downtime. So: capabilities and limits are set long before, the stream is read while
-QEMU still writes it (through a socket pair, since QEMU can break off a write to a socket but not to a
-pipe), and the end is learned from events. `OutgoingState.begin` may be called as soon as the VM is
-stopped, before its last pages are sent: the stream is collected meanwhile, and QEMU does not touch guest
-RAM while it writes (its own engine sends RAM before devices, too).
+The time it takes is downtime, so as much as possible happens while the VM still runs. QEMU begins its
+migration early (a thread, its own dirty bitmaps, the first bytes of a ROM) and then hangs in a write,
+since the socket between it and us has next to no buffer and nobody reads. The VM is stopped by us and not
+by QEMU's migration, so that QEMU never lets it run again on its own account. When it is stopped we read,
+and what is left for QEMU to do is to write the devices. (A socket and no pipe: only a write to a socket
+can be broken off by a cancel.)
+
+    prepare_save, OutgoingState.prepare      at leisure
+    OutgoingState.start                      the VM runs on
+    Monitor.stop                             the pause begins
+    OutgoingState.release                    may overlap with the last pages: QEMU does not touch guest
+                                             RAM any more (its own engine sends RAM before devices, too)
+    OutgoingState.chunks, finish
+
 """
 
 from __future__ import annotations
@@ -26,7 +35,10 @@ STATE_LIMIT_BYTES = 64 << 20
 """More than this is no device state: ROMs and frame buffer have 10 MB at most."""
 
 CHANNEL_BUFFER_BYTES = 4 << 20
+HELD_BUFFER_BYTES = 4096
 READ_BYTES = 1 << 20
+
+SET_UP_LIMIT_S = 10.0
 
 UNLIMITED_BYTES_S = 1 << 40
 LONGEST_DOWNTIME_LIMIT_MS = 2_000_000
@@ -52,35 +64,35 @@ async def prepare_save(monitor: Monitor) -> None:
 
 
 class OutgoingState:
-    """A device state on its way out of a VM that is stopped.
+    """A device state on its way out of a VM; see the head of this file for the order of the calls.
 
-    `prepare` early, `start` when the VM is stopped, read all `chunks`, then `finish`; or `cancel` at any
-    moment, after which the VM is paused and can be told to run again.
+    `cancel` at any moment: a VM that ran goes on, and one that was stopped is paused and can be told to
+    run again.
     """
 
-    def __init__(self, monitor: Monitor, channel: socket.socket, migration: QemuMigration) -> None:
+    def __init__(
+        self, monitor: Monitor, ours: socket.socket, qemus: socket.socket, migration: QemuMigration
+    ) -> None:
         self._monitor = monitor
-        self._channel = channel
+        self._channel = ours
+        self._held = qemus
         self._migration = migration
         self._chunks: asyncio.Queue[bytes] = asyncio.Queue()
         self._size_bytes = 0
-        self._ram_bytes: asyncio.Task[int] | None = None
+        self._ram_bytes = 0
         self._loop = asyncio.get_running_loop()
 
     @classmethod
     async def prepare(cls, monitor: Monitor) -> OutgoingState:
-        """Make the channel and give QEMU its end, while the VM still runs."""
-        ours, qemus = _channel()
-        migration = QemuMigration(monitor)
+        """Make the channel and give QEMU its end."""
+        ours, qemus = _channel(HELD_BUFFER_BYTES)
+        outgoing = cls(monitor, ours, qemus, QemuMigration(monitor))
         try:
-            await migration.lend_channel(qemus.fileno())
+            await outgoing._migration.lend_channel(qemus.fileno())
         except BaseException:
-            ours.close()
-            migration.close()
+            outgoing._close()
             raise
-        finally:
-            qemus.close()
-        return cls(monitor, ours, migration)
+        return outgoing
 
     @classmethod
     async def begin(cls, monitor: Monitor) -> OutgoingState:
@@ -90,77 +102,73 @@ class OutgoingState:
         return outgoing
 
     async def start(self) -> None:
-        """Tell QEMU to write its state. Raises `VmmError` when it refuses; the VM is as before then.
+        """Let QEMU set its migration up, and hold it there. Returns when it is set up; the VM runs on.
 
-        The command may follow `Monitor.stop` at once (`asyncio.gather(monitor.stop(), outgoing.start())`):
-        QEMU carries out one after the other, and a round trip is saved.
+        Raises `VmmError` when QEMU refuses, or would not leave the guest's RAM out; the VM is as before
+        then.
         """
-        self._loop.add_reader(self._channel, self._read)
         try:
             await self._migration.start("migrate")
-        except VmmError:
-            self._close()
+            await self._migration.wait_active(SET_UP_LIMIT_S)
+            numbers = await self._migration.query()
+            self._ram_bytes = int(numbers.get("ram", {}).get("total", 0))
+            if self._ram_bytes > STATE_LIMIT_BYTES:
+                raise VmmError(
+                    f"QEMU puts {self._ram_bytes} bytes of RAM into its device state: it does not take the "
+                    "guest's RAM for a shared file, and this version of QEMU cannot be used"
+                )
+        except (TimedOut, VmmError):
+            with contextlib.suppress(VmmError):
+                await self.cancel()
             raise
-        # Asked while QEMU writes, so that `finish` need not wait for the answer.
-        self._ram_bytes = asyncio.create_task(self._ask_ram_bytes(), name="ask for the RAM in the stream")
+
+    def release(self) -> None:
+        """Read from now on: QEMU goes on and writes everything. The VM must be stopped."""
+        if self._held.fileno() >= 0:
+            # A larger buffer wakes QEMU, and lets it write without a pause for each piece.
+            self._held.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER_BYTES)
+            self._held.close()
+            self._loop.add_reader(self._channel, self._read)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The stream, piece by piece, while QEMU writes it; ends when QEMU has closed it.
 
         That the stream ended does not mean that it is whole: only `finish` tells.
         """
+        self.release()
         while chunk := await self._chunks.get():
             yield chunk
 
     async def finish(self, timeout_s: float = 30.0) -> SavedState:
-        """Wait until QEMU says that it has written everything, and check that RAM was left out.
+        """Wait until QEMU says that it has written everything.
 
         Raises `VmmError` with QEMU's reason; the VM is paused then, and `Monitor.cont` lets it go on.
         """
-        assert self._ram_bytes is not None, "start comes first"
+        self.release()
         try:
-            async with asyncio.timeout(timeout_s):
-                ram_bytes = await self._ram_bytes
-                status = await self._migration.wait_ended()
+            status = await self._migration.wait_ended(timeout_s)
             if self._size_bytes > STATE_LIMIT_BYTES:
                 raise VmmError(f"QEMU's device state is larger than {STATE_LIMIT_BYTES} bytes: RAM is in it")
             if status != "completed":
                 raise VmmError(f"QEMU could not save its device state: {await self._migration.reason()}")
-            if ram_bytes > STATE_LIMIT_BYTES:
-                raise VmmError(
-                    f"QEMU put {ram_bytes} bytes of RAM into its device state: it does not take the guest's "
-                    "RAM for a shared file, and this version of QEMU cannot be used"
-                )
-        except TimeoutError:
+        except TimedOut as error:
             await self.cancel()
-            raise VmmError(f"QEMU did not save its device state within {timeout_s:g} s") from None
+            raise VmmError(f"QEMU could not save its device state: {error.message}") from error
         finally:
             self._close()
-        return SavedState(self._size_bytes, ram_bytes)
+        return SavedState(self._size_bytes, self._ram_bytes)
 
     async def cancel(self) -> None:
-        """Give up: returns when QEMU has left its migration. The VM is paused. Safe to call at any time.
+        """Give up: returns when QEMU has left its migration. Safe to call at any time.
 
         Raises `VmmError` when QEMU is gone, `TimedOut` when it cannot let go.
         """
         # With nobody left to read, a QEMU that hangs in a write gets an error and lets go.
         self._close_channel()
-        await self._stop_asking()
         try:
             await self._migration.cancel()
         finally:
             self._close()
-
-    async def _ask_ram_bytes(self) -> int:
-        """How much RAM QEMU counts as part of this migration."""
-        await self._migration.wait_active()
-        numbers = await self._migration.query()
-        return int(numbers.get("ram", {}).get("total", 0))
-
-    async def _stop_asking(self) -> None:
-        if self._ram_bytes is not None:
-            self._ram_bytes.cancel()
-            await asyncio.gather(self._ram_bytes, return_exceptions=True)
 
     def _read(self) -> None:
         """Take what has come; an empty chunk marks the end."""
@@ -173,11 +181,13 @@ class OutgoingState:
         self._size_bytes += len(chunk)
         if self._size_bytes > STATE_LIMIT_BYTES:
             chunk = b""
-        self._chunks.put_nowait(chunk)
-        if not chunk:
+        if chunk:
+            self._chunks.put_nowait(chunk)
+        else:
             self._close_channel()
 
     def _close_channel(self) -> None:
+        self._held.close()
         if self._channel.fileno() >= 0:
             self._loop.remove_reader(self._channel)
             self._channel.close()
@@ -215,7 +225,7 @@ class IncomingState:
     @classmethod
     async def begin(cls, monitor: Monitor) -> IncomingState:
         """Let QEMU wait for the stream. May be called long before the first byte."""
-        ours, qemus = _channel()
+        ours, qemus = _channel(CHANNEL_BUFFER_BYTES)
         migration = QemuMigration(monitor)
         try:
             await migration.lend_channel(qemus.fileno())
@@ -257,10 +267,10 @@ class IncomingState:
         self._migration.close()
 
 
-def _channel() -> tuple[socket.socket, socket.socket]:
-    """Our end and QEMU's. The buffer holds a whole usual state, so that neither waits for the other."""
+def _channel(buffer_bytes: int) -> tuple[socket.socket, socket.socket]:
+    """Our end, which does not block, and QEMU's, each with room for about this much on its way."""
     ours, qemus = socket.socketpair()
     for end in (ours, qemus):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER_BYTES)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     ours.setblocking(False)
     return ours, qemus
