@@ -156,6 +156,14 @@ def test_the_commit_needs_the_whole_state_even_when_qemu_was_quick(talk: Talk) -
 
 
 @conversation()
+def test_pages_written_while_the_state_was_saved_come_before_its_end_mark(talk: Talk) -> None:
+    to_loading(talk)
+    talk.tell(ev.StateLoaded())
+    talk.tell(ev.LastPagesReceived())
+    talk.tell(ev.StateReceived(), ev.SwapToDestination(), then=D.COMMITTING)
+
+
+@conversation()
 def test_qemus_own_engine_loads_before_the_sources_end_mark(talk: Talk) -> None:
     to_receiving(talk)
     talk.tell(ev.StateLoaded())
@@ -402,6 +410,16 @@ def test_an_unanswered_commit_of_a_dead_qemu_was_made(talk: Talk) -> None:
 def test_an_earlier_commit_of_a_dead_qemu_was_made(talk: Talk) -> None:
     talk.tell(ev.QemuDied("signal 9"))
     talk.tell(WON_EARLIER, ev.TellPeerCommitted(), ev.Publish(ended=True), then=D.DONE)
+
+
+@conversation(after=(to_committing,))
+def test_a_source_that_has_gone_proves_that_the_commit_was_made(talk: Talk) -> None:
+    talk.tell(ev.SwapUnknown("the store did not answer"))
+    talk.wait(SWAP_RETRY_S, ev.SwapToDestination())
+    commits(talk, ev.PeerFinished())
+    talk.echoes(ev.SwapRefused("no space left"))
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.Publish(), then=D.RUNNING)
+    talk.echoes(ev.SwapRefused("no space left"))
 
 
 # --- after the commit --------------------------------------------------------------------------------

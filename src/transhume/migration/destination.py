@@ -109,6 +109,8 @@ class DestinationMachine(Machine[DestinationState]):
             ev.SwapLost: Rule("_commit_lost", (D.RESUMING, D.DESTROYING, D.DONE)),
             ev.SwapRefused: Rule("_commit_refused", (D.DESTROYING,)),
             ev.SwapUnknown: Rule("_swap_unknown", ()),
+            # The source goes only when the register has told it that the VM is ours.
+            ev.PeerFinished: Rule("_commit_won", (D.RESUMING, D.DONE)),
             ev.Tick: Rule("_tick_committing", (D.REVOKING,)),
             ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(
@@ -146,9 +148,10 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.PeerAborted,
                 ev.PeerHeard,
                 ev.CancelRequested,
-                ev.SwapUnknown,
-                ev.SwapLost,
                 ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
                 ev.PeerFinished,
                 ev.MigrationKnown,
             ),
@@ -167,6 +170,7 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
+                ev.SwapRefused,
             ),
         },
         D.DESTROYING: {

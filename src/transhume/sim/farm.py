@@ -1,0 +1,297 @@
+"""One seed's farm: two hosts, one VM, one migration, and everything that goes wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from transhume.migration import events as ev
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.machine import UnexpectedEvent
+from transhume.migration.source import SourceMachine
+from transhume.model.migration import Migration
+from transhume.sim.destination_mover import SimDestinationMover
+from transhume.sim.host import SimHost
+from transhume.sim.invariants import Invariants, Violation
+from transhume.sim.link import Message, SimLink, Word
+from transhume.sim.mover import MoverWorld, SimMover
+from transhume.sim.plan import Fault, FaultKind, Plan, Side, draw, ram_bytes
+from transhume.sim.register import SimRegister
+from transhume.sim.schedule import Schedule
+from transhume.sim.source_mover import SimSourceMover
+from transhume.sim.vm import SimVm, VmStatus
+
+FIRST_EPOCH = 7
+AFTER_THE_FAULTS_LIMIT_S = 180.0
+"""So long after the last fault everything must have ended; the machines' own limits add up to less."""
+
+MAX_STEPS = 100_000
+SLOWNESS_S = 5.0
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Which machines run: the product's, or ones that a test has broken on purpose."""
+
+    source: Callable[[Migration, int, float], SourceMachine] = SourceMachine
+    destination: Callable[[Migration, float], DestinationMachine] = DestinationMachine
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """What came of one seed. `violation` is empty when all was well."""
+
+    seed: int
+    ending: str
+    violation: str
+    simulated_s: float
+    steps: int
+
+
+class SimFarm:
+    """Plays one seed. With `transcript` it notes, line by line, what happened."""
+
+    def __init__(
+        self,
+        seed: int,
+        machines: Machines | None = None,
+        transcript: list[str] | None = None,
+        rules: set[tuple[str, str]] | None = None,
+    ) -> None:
+        self.seed = seed
+        self._rng = rng = Random(seed)
+        self._plan: Plan = draw(rng)
+        self._machines = machines or Machines()
+        self._transcript = transcript
+        self._schedule = schedule = Schedule()
+        say = None if transcript is None else self._say
+        self._register = SimRegister(self._plan, schedule, rng, FIRST_EPOCH)
+        self._register.log = say
+        self._register.controller_lives = self._controller_lives
+        self._vms = {
+            Side.SOURCE: SimVm(Side.SOURCE, VmStatus.RUNNING, schedule),
+            Side.DESTINATION: SimVm(Side.DESTINATION, VmStatus.ABSENT, schedule),
+        }
+        self._invariants = Invariants(self._vms, self._register)
+        self._hosts = {side: SimHost(side, vm, schedule, rng) for side, vm in self._vms.items()}
+        self._hosts[Side.SOURCE].start_mover = self._start_source
+        self._hosts[Side.DESTINATION].start_mover = self._start_destination
+        self._movers: dict[Side, SimMover] = {}
+        self._faults = list(self._plan.faults)
+        self._begin_due = False
+        self._source_has_begun = False
+        self._record_ended = False
+        self._world = MoverWorld(self._plan, rng, schedule, self._register, self._state_entered, say, rules)
+        self._migration = Migration(
+            id="m1",
+            vm="vm",
+            source=Side.SOURCE.value,
+            destination=Side.DESTINATION.value,
+            epoch=FIRST_EPOCH,
+            options=self._plan.options,
+        )
+
+    def run(self) -> SeedResult:
+        """Play to the end, or to the first thing that must not happen."""
+        if self._transcript is not None:
+            self._say(f"{self._plan}")
+        steps = 0
+        violation = ""
+        try:
+            self._start()
+            while not self._over() and steps < MAX_STEPS and self._schedule.step():
+                steps += 1
+                if self._schedule.now_s > self._plan.heal_s + AFTER_THE_FAULTS_LIMIT_S:
+                    break
+            self._judge()
+        except (Violation, UnexpectedEvent, AssertionError) as error:
+            violation = f"{type(error).__name__}: {error}"
+            if self._transcript is not None:
+                self._say(violation)
+        return SeedResult(self.seed, self._ending(), violation, self._schedule.now_s, steps)
+
+    # --- the course of things --------------------------------------------------------------------
+
+    def _start(self) -> None:
+        for fault in self._faults:
+            if fault.at_s is not None:
+                self._schedule.after(fault.at_s, self._strike, fault)
+        self._faults = [fault for fault in self._faults if fault.at_s is None]
+        self._schedule.after(self._plan.heal_s, self._heal)
+        self._start_destination()
+
+    def _start_destination(self) -> None:
+        machine = self._machines.destination(self._migration, self._schedule.now_s)
+        mover = SimDestinationMover(
+            self._world, self._hosts[Side.DESTINATION], machine, self._prepared, self._migration_goes_on
+        )
+        self._start_mover(mover)
+
+    def _start_source(self) -> None:
+        machine = self._machines.source(self._migration, ram_bytes(self._plan.guest), self._schedule.now_s)
+        self._start_mover(SimSourceMover(self._world, self._hosts[Side.SOURCE], machine, self._connect))
+
+    def _start_mover(self, mover: SimMover) -> None:
+        mover.host.mover_lives = True
+        self._movers[mover.side] = mover
+        mover.start()
+
+    def _prepared(self) -> None:
+        """The destination listens: the controller lets the source begin, if both still live."""
+        self._begin_due = True
+        self._schedule.after(self._rng.uniform(0.01, 0.3), self._begin_source)
+
+    def _begin_source(self) -> None:
+        self._begin_due = False
+        if self._plan.source_never_begins or not self._hosts[Side.SOURCE].daemon_lives:
+            self._record_ended = not self._plan.record_outlives_the_begin
+            return
+        self._source_has_begun = True
+        self._start_source()
+
+    def _connect(self, source: SimSourceMover) -> None:
+        """A connection is tried: it is made, refused, or never answered."""
+        destination = self._movers[Side.DESTINATION]
+        assert isinstance(destination, SimDestinationMover)
+        if self._world.deaf[Side.DESTINATION]:
+            return
+        if not destination.accepts:
+            source.fail(ev.ConnectPeer, 0.01, "the destination does not listen")
+            return
+        link = SimLink(
+            self._schedule,
+            self._rng,
+            self._plan.latency_s,
+            {Side.SOURCE: source.arrive, Side.DESTINATION: destination.arrive},
+        )
+        link.slow_down(self._world.link_slowness_s)
+        source.link = destination.link = self._world.link = link
+        link.send(Side.DESTINATION, Message(Word.HELLO))
+
+    def _migration_goes_on(self) -> bool:
+        return not (self._record_ended or (self._source_has_begun and self._hosts[Side.SOURCE].ended))
+
+    def _controller_lives(self) -> bool:
+        return self._plan.controller is None or self._hosts[self._plan.controller].daemon_lives
+
+    def _over(self) -> bool:
+        if not self._hosts[Side.DESTINATION].ended:
+            return False
+        if self._source_has_begun:
+            return self._hosts[Side.SOURCE].ended
+        return not self._begin_due
+
+    # --- faults ----------------------------------------------------------------------------------
+
+    def _state_entered(self, side: Side, state: str) -> int | None:
+        """Strike what waits for this; the answer is after how many commands the mover itself is killed."""
+        kill_after: int | None = None
+        if not self._faults or self._world.healed:
+            return None
+        for fault in list(self._faults):
+            if fault.watched is not side or fault.state != state:
+                continue
+            self._faults.remove(fault)
+            if fault.kind is FaultKind.KILL_MOVER and fault.side is side and fault.delay_s == 0.0:
+                kill_after = fault.after_commands
+            else:
+                self._schedule.after(fault.delay_s, self._strike, fault)
+        return kill_after
+
+    def _strike(self, fault: Fault) -> None:
+        if self._world.healed:
+            return
+        if self._transcript is not None:
+            self._say(f"fault: {fault.kind} {fault.side}")
+        host = self._hosts[fault.side]
+        if fault.kind is FaultKind.KILL_MOVER:
+            if host.mover_lives:
+                self._movers[fault.side].kill()
+        elif fault.kind is FaultKind.KILL_DAEMON:
+            host.kill_daemon(fault.lasts_s)
+        elif fault.kind is FaultKind.KILL_QEMU:
+            self._kill_qemu(fault.side)
+        elif fault.kind is FaultKind.REGISTER_DOWN:
+            self._register.go_down(fault.lasts_s)
+        elif fault.kind is FaultKind.REGISTER_FULL:
+            self._register.be_full(fault.lasts_s)
+        elif fault.kind is FaultKind.CANCEL:
+            self._cancel(Side.SOURCE)
+        elif fault.kind is FaultKind.ABANDON:
+            self._cancel(Side.DESTINATION)
+        else:
+            self._trouble_link(fault)
+
+    def _trouble_link(self, fault: Fault) -> None:
+        link = self._world.link
+        if fault.kind is FaultKind.SLOW_LINK:
+            self._world.link_slowness_s = SLOWNESS_S
+            self._schedule.after(fault.lasts_s, self._quicken_link)
+            if link is not None:
+                link.slow_down(SLOWNESS_S)
+        elif fault.kind is FaultKind.CUT_LINK:
+            if link is not None:
+                link.cut()
+        else:
+            deaf = (fault.side,) if fault.kind is FaultKind.DEAF_END else tuple(Side)
+            for side in deaf:
+                self._world.deaf[side] = True
+                if link is not None:
+                    link.lose_all_to(side)
+
+    def _quicken_link(self) -> None:
+        self._world.link_slowness_s = 0.0
+        if self._world.link is not None:
+            self._world.link.slow_down(0.0)
+
+    def _kill_qemu(self, side: Side) -> None:
+        if self._vms[side].kill() and self._hosts[side].mover_lives:
+            self._movers[side].after(
+                self._rng.uniform(0.0, 0.2), self._movers[side].tell, ev.QemuDied("signal 9")
+            )
+
+    def _cancel(self, side: Side) -> None:
+        """A person's wish reaches the mover through its daemon; a dead mover's successor hears it."""
+        host = self._hosts[side]
+        if not host.daemon_lives or not host.journal:
+            return
+        if host.mover_lives:
+            self._movers[side].tell(ev.CancelRequested())
+        elif not host.ended:
+            host.cancel_pending = True
+
+    def _heal(self) -> None:
+        """From now on nothing goes wrong any more. What is broken stays broken, what is dead is replaced."""
+        if self._transcript is not None:
+            self._say("no more faults")
+        self._world.healed = True
+        self._faults.clear()
+        self._register.heal()
+        self._quicken_link()
+        for host in self._hosts.values():
+            host.start_daemon()
+
+    # --- the verdict -----------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        if not self._over():
+            states = ", ".join(f"{side}: {host.last_state}" for side, host in self._hosts.items())
+            raise Violation(f"it does not end: {states} after {self._schedule.now_s:.0f} s")
+        self._invariants.at_the_end(self._world.cleaning_failed)
+        for side, host in self._hosts.items():
+            if host.last_word:
+                self._invariants.last_word(side, host.last_word)
+
+    def _ending(self) -> str:
+        """The outcome in a word, for the summary."""
+        owner = self._vms[self._register.owner]
+        if owner.status is not VmStatus.RUNNING:
+            return "lost with its QEMU"
+        if owner.side is Side.DESTINATION:
+            return "moved"
+        return "stayed" if self._source_has_begun else "never begun"
+
+    def _say(self, text: str) -> None:
+        assert self._transcript is not None
+        self._transcript.append(f"{self._schedule.now_s:10.4f}  {text}")

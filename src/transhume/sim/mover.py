@@ -1,0 +1,264 @@
+"""A mover: takes events, carries out the machine's commands with the delays and failures of its seed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from transhume.migration import events as ev
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.machine import Command, Event
+from transhume.migration.source import SourceMachine
+from transhume.sim.host import SimHost
+from transhume.sim.link import Message, SimLink, Word
+from transhume.sim.plan import Plan, Side
+from transhume.sim.register import SimRegister
+from transhume.sim.schedule import Schedule
+from transhume.sim.vm import SimVm, VmStatus
+
+TICK_S = 0.1
+SLOWEST_TICK_S = 1.0
+TICK_GROWTH = 1.5
+"""The real movers tick ten times a second. Here an end that only waits ticks less often: nothing in the
+machines counts ticks, and most of a seed's events would be ticks."""
+
+COMMAND_LIMIT_S = 0.2
+MAX_RESUME_FAILURES = 3
+"""Fewer than the machines try: a QEMU that never resumes is a dead one, which is a fault of its own."""
+
+AnyMachine = SourceMachine | DestinationMachine
+
+TICK = ev.Tick()
+HEARD = ev.PeerHeard()
+
+
+class Begin(Command):
+    """A mover's own first step: find or make the VM."""
+
+
+class MoverWorld:
+    """What all movers of one farm share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rng: Random,
+        schedule: Schedule,
+        register: SimRegister,
+        state_entered: Callable[[Side, str], int | None],
+        say: Callable[[str], None] | None,
+        rules: set[tuple[str, str]] | None,
+    ) -> None:
+        self.plan = plan
+        self.rng = rng
+        self.schedule = schedule
+        self.register = register
+        self.state_entered = state_entered
+        self.say = say
+        self.rules = rules
+        self.link: SimLink | None = None
+        self.link_slowness_s = 0.0
+        self.deaf: dict[Side, bool] = {Side.SOURCE: False, Side.DESTINATION: False}
+        self.healed = False
+        self.cleaning_failed = False
+        self.epoch = register.epoch
+
+
+class SimMover(ABC):
+    """One process. It begins once, and lives until its machine has finished or it is killed."""
+
+    side: Side
+    lasting_resume_failures = 0
+
+    def __init__(self, world: MoverWorld, host: SimHost, machine: AnyMachine) -> None:
+        self.world = world
+        self.host = host
+        self.vm: SimVm = host.vm
+        self.machine = machine
+        self.alive = True
+        self.link: SimLink | None = None
+        self._work = 0
+        self._tick_s = TICK_S
+        self._beat_s = min(SLOWEST_TICK_S, world.plan.options.peer_silence_limit_s / 4)
+        self._beaten_s = 0.0
+
+    # --- what the two ends do differently --------------------------------------------------------
+
+    @abstractmethod
+    def begin(self, predecessor_state: str | None) -> None:
+        """Find or make the VM, then set the machine in motion."""
+
+    @abstractmethod
+    def carry_out(self, command: Command) -> None:
+        """Begin to carry out one command."""
+
+    @abstractmethod
+    def hear(self, message: Message) -> None:
+        """Take one message of the other end."""
+
+    # --- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """The process begins: it may be a successor, which its host's journal tells."""
+        predecessor_state = self.host.last_state
+        if predecessor_state is None:
+            self.host.journal.append(self.machine.state.value)
+        self._schedule_tick()
+        if not self.vm.lives and predecessor_state is not None:
+            # A successor that finds no QEMU may learn so before or after it knows what it is.
+            self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.QemuDied("it does not run"))
+        if self.host.cancel_pending:
+            self.host.cancel_pending = False
+            self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.CancelRequested())
+        self.after(self.world.rng.uniform(0.01, 0.1), self.begin, predecessor_state)
+
+    def kill(self) -> None:
+        """The process is gone, with everything that it had not yet done."""
+        if not self.alive:
+            return
+        self._log("killed")
+        self._leave()
+
+    def _leave(self) -> None:
+        self.alive = False
+        if self.link is not None:
+            self.link.close(self.side)
+        self.host.mover_gone()
+
+    def tell(self, event: Event) -> None:
+        """Hand one event to the machine: journal first, then the commands, in order."""
+        if not self.alive:
+            return
+        machine = self.machine
+        before = machine.state
+        if isinstance(event, ev.QemuDied):
+            self.vm.death_was_noticed = True
+        commands = machine.handle(event, self.world.schedule.now_s)
+        if self.world.rules is not None:
+            self.world.rules.add((before.value, type(event).__name__))
+        if self.world.say is not None and (commands or machine.state != before):
+            self._log(f"{before} <- {event} -> {machine.state} {list(commands)}")
+        kill_after: int | None = None
+        if machine.state != before:
+            self.host.journal.append(machine.state.value)
+            kill_after = self.world.state_entered(self.side, machine.state.value)
+        if event is not TICK and event is not HEARD:
+            self._tick_s = TICK_S
+        for index, command in enumerate(commands):
+            if index == kill_after:
+                break
+            self._do(command)
+        if kill_after is not None:
+            self.kill()
+        elif machine.finished:
+            self._leave()
+
+    def _do(self, command: Command) -> None:
+        if isinstance(command, ev.StopWork):
+            self._work += 1
+        elif isinstance(command, ev.Publish):
+            if command.ended:
+                self.host.last_word = self.machine.runs_at
+        elif isinstance(command, ev.ResumeVm):
+            self._resume()
+        elif isinstance(command, ev.SwapToSource):
+            self._swap(Side.SOURCE)
+        elif isinstance(command, ev.SwapToDestination):
+            self._swap(Side.DESTINATION)
+        else:
+            self.carry_out(command)
+
+    def _schedule_tick(self) -> None:
+        self.after(self._tick_s, self._tick)
+
+    def _tick(self) -> None:
+        now_s = self.world.schedule.now_s
+        if self.link is not None and now_s - self._beaten_s >= self._beat_s:
+            self._beaten_s = now_s
+            self.send(Word.PING)
+        self._tick_s = min(self._tick_s * TICK_GROWTH, self._beat_s)
+        self.tell(TICK)
+        if self.alive:
+            self._schedule_tick()
+
+    # --- ways to do things -----------------------------------------------------------------------
+
+    def after(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        """Do something later, if this process still lives then."""
+        self.world.schedule.after(delay_s, self._if_alive, call, arguments)
+
+    def _if_alive(self, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if self.alive:
+            call(*arguments)
+
+    def work(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        """A step of work under way. After StopWork it is not done, or, if it was too late to stop, it is."""
+        self.after(delay_s, self._if_wanted, self._work, call, arguments)
+
+    def _if_wanted(self, work: int, call: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        if work == self._work or self.world.rng.random() < self.world.plan.late_echo_share:
+            call(*arguments)
+
+    def strikes(self, share: float) -> bool:
+        """Whether something with this probability happens now. Nothing does after the faults stopped."""
+        return share > 0.0 and not self.world.healed and self.world.rng.random() < share
+
+    def fails(self, command: type[Command], delay_s: float = 0.05) -> bool:
+        """Whether a command fails by chance; then the machine is told."""
+        if not self.strikes(self.world.plan.command_failure_share):
+            return False
+        self.fail(command, delay_s)
+        return True
+
+    def fail(self, command: type[Command], delay_s: float, reason: str = "it was refused") -> None:
+        """Report a command as failed."""
+        self.work(delay_s, self.tell, ev.CommandFailed(command.__name__, "vmm", reason))
+
+    def qemu(self, effect: Callable[[], None]) -> None:
+        """Send QEMU a command. One that was on its way when this process died may still take effect."""
+        self.vm.command(self.world.rng.uniform(0.001, COMMAND_LIMIT_S), lambda: self._if_sent(effect))
+
+    def _if_sent(self, effect: Callable[[], None]) -> None:
+        if self.alive or self.world.rng.random() < 0.5:
+            effect()
+
+    def send(self, word: Word, number: int | None = None, text: str = "") -> None:
+        """Say something to the other end, if there is a connection."""
+        if self.link is not None:
+            other = Side.DESTINATION if self.side is Side.SOURCE else Side.SOURCE
+            self.link.send(other, Message(word, number, text))
+
+    def arrive(self, message: Message) -> None:
+        """A message has come; a dead process hears nothing."""
+        if not self.alive:
+            return
+        if message.word is Word.CLOSED:
+            self.tell(ev.LinkLost("host-lost", message.text))
+        else:
+            self.hear(message)
+
+    def _resume(self) -> None:
+        if self.lasting_resume_failures < MAX_RESUME_FAILURES and self.strikes(
+            self.world.plan.command_failure_share
+        ):
+            self.lasting_resume_failures += 1
+            self.after(0.05, self.tell, ev.CommandFailed("ResumeVm", "vmm", "it was refused"))
+            return
+        self.qemu(self._resumed)
+
+    def _resumed(self) -> None:
+        if self.vm.lives:
+            self.vm.change(VmStatus.RUNNING)
+            answer: Event = ev.VmResumed()
+        else:
+            answer = ev.CommandFailed("ResumeVm", "vmm", "QEMU does not run")
+        self.after(0.001, self.tell, answer)
+
+    def _swap(self, wanted: Side) -> None:
+        self.world.register.swap(wanted, self.world.epoch, self.tell)
+
+    def _log(self, text: str) -> None:
+        if self.world.say is not None:
+            self.world.say(f"{self.side.value}: {text}")

@@ -1,0 +1,165 @@
+"""What a seed decides before anything happens: the migration, the guest, and the faults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from random import Random
+
+from transhume.migration.destination import DestinationState
+from transhume.migration.source import SourceState
+from transhume.model.migration import Engine, MigrationOptions, OnDeadline
+from transhume.model.vm import PAGE_BYTES
+
+
+class Side(StrEnum):
+    """The ends of a migration; the hosts of the simulated farm are called after them."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class FaultKind(StrEnum):
+    """What can go wrong. A mover is killed with -9, like everything else."""
+
+    KILL_MOVER = "kill-mover"
+    KILL_DAEMON = "kill-daemon"
+    KILL_QEMU = "kill-qemu"
+    CUT_LINK = "cut-link"
+    HALF_OPEN_LINK = "half-open-link"
+    SLOW_LINK = "slow-link"
+    DEAF_END = "deaf-end"
+    REGISTER_DOWN = "register-down"
+    REGISTER_FULL = "register-full"
+    CANCEL = "cancel"
+    ABANDON = "abandon"
+
+
+WINDOWS = (FaultKind.KILL_DAEMON, FaultKind.SLOW_LINK, FaultKind.REGISTER_DOWN, FaultKind.REGISTER_FULL)
+"""Faults that end by themselves after a while."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: at a time, or when one end's machine enters a state, or after so many of the commands
+    that it gives on entering it.
+
+    `side` is whom it strikes, where that matters; `watched` whose state is waited for.
+    """
+
+    kind: FaultKind
+    side: Side
+    at_s: float | None
+    watched: Side
+    state: str
+    delay_s: float
+    after_commands: int
+    lasts_s: float
+
+
+@dataclass(frozen=True)
+class Guest:
+    """How much there is to send, how fast it goes, and how fast the guest undoes it."""
+
+    ram_pages: int
+    hot_pages: int
+    dirty_pages_s: float
+    link_pages_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One seed's whole story. Shares are probabilities, each drawn anew for every case."""
+
+    options: MigrationOptions
+    guest: Guest
+    faults: tuple[Fault, ...]
+    latency_s: float
+    command_failure_share: float
+    answer_lost_share: float
+    answer_late_share: float
+    request_doubled_share: float
+    late_echo_share: float
+    load_hangs: bool
+    source_never_begins: bool
+    record_outlives_the_begin: bool
+    controller: Side | None
+    heal_s: float
+
+
+_STATES: dict[Side, tuple[str, ...]] = {
+    Side.SOURCE: tuple(state.value for state in SourceState),
+    Side.DESTINATION: tuple(state.value for state in DestinationState),
+}
+_SIDES = tuple(Side)
+_KINDS = tuple(FaultKind)
+_SCALES_S = (0.001, 0.05, 0.5, 4.0)
+"""How long after a state faults come: on the scales of a frame, a command, a pass, a limit."""
+
+
+def draw(rng: Random) -> Plan:
+    """A plan. Most seeds have few faults, so that each is met in otherwise good order; some have many."""
+    fault_count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 6))
+    troubled = fault_count > 0
+    return Plan(
+        options=_options(rng),
+        guest=_guest(rng),
+        faults=tuple(_fault(rng) for _ in range(fault_count)),
+        latency_s=rng.choice((0.0002, 0.002, 0.05)),
+        command_failure_share=rng.choice((0.0, 0.0, 0.0, 0.02, 0.1)) if troubled else 0.0,
+        answer_lost_share=rng.choice((0.0, 0.0, 0.3)) if troubled else 0.0,
+        answer_late_share=rng.choice((0.0, 0.0, 0.3)) if troubled else 0.0,
+        request_doubled_share=rng.choice((0.0, 0.3)) if troubled else 0.0,
+        late_echo_share=rng.choice((0.0, 0.5)),
+        load_hangs=troubled and rng.random() < 0.03,
+        source_never_begins=troubled and rng.random() < 0.03,
+        record_outlives_the_begin=rng.random() < 0.5,
+        controller=rng.choice((Side.SOURCE, Side.DESTINATION, None)),
+        heal_s=rng.uniform(2.0, 30.0),
+    )
+
+
+def _options(rng: Random) -> MigrationOptions:
+    return MigrationOptions(
+        engine=Engine.QEMU if rng.random() < 0.2 else Engine.TRANSHUME,
+        deadline_s=rng.choice((1.0, 5.0, 20.0)),
+        on_deadline=rng.choice((OnDeadline.SWITCH, OnDeadline.SWITCH, OnDeadline.ABORT)),
+        max_iterations=rng.choice((1, 4, 30)),
+        peer_silence_limit_s=rng.choice((1.0, 3.0, 10.0)),
+        wait_limit_s=rng.choice((3.0, 15.0, 60.0)),
+    )
+
+
+def _guest(rng: Random) -> Guest:
+    """From idle to one that writes faster than the link can send, and so never converges."""
+    ram_pages = rng.choice((2_000, 20_000))
+    return Guest(
+        ram_pages=ram_pages,
+        hot_pages=rng.choice((10, ram_pages // 10, ram_pages)),
+        dirty_pages_s=rng.choice((10.0, 10_000.0, 100_000.0)),
+        link_pages_s=rng.choice((20_000.0, 200_000.0)),
+    )
+
+
+def _fault(rng: Random) -> Fault:
+    kind = rng.choice(_KINDS)
+    side = rng.choice(_SIDES)
+    by_state = rng.random() < 0.75
+    # Mostly the struck end's own state: a process is killed by what happens on its own host.
+    watched = side if rng.random() < 0.6 else rng.choice(_SIDES)
+    at_once = rng.random() < 0.3
+    return Fault(
+        kind=kind,
+        side=side,
+        at_s=None if by_state else rng.uniform(0.0, 6.0),
+        watched=watched,
+        state=rng.choice(_STATES[watched]),
+        delay_s=0.0 if at_once else rng.uniform(0.0, rng.choice(_SCALES_S)),
+        after_commands=rng.randrange(4),
+        lasts_s=rng.uniform(0.1, 12.0) if kind in WINDOWS else 0.0,
+    )
+
+
+def ram_bytes(guest: Guest) -> int:
+    """The size of the guest's RAM."""
+    return guest.ram_pages * PAGE_BYTES

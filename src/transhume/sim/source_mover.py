@@ -1,0 +1,221 @@
+"""The source's mover in the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transhume.migration import events as ev
+from transhume.migration.machine import Command
+from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
+from transhume.model.migration import Engine
+from transhume.model.vm import PAGE_BYTES
+from transhume.sim.host import SimHost
+from transhume.sim.link import Message, Word
+from transhume.sim.mover import HEARD, Begin, MoverWorld, SimMover
+from transhume.sim.plan import Side
+from transhume.sim.vm import VmStatus
+
+STATE_BYTES = 300_000
+SWITCHOVER_COST_S = 0.02
+NATIVE_PASSES_LIMIT = 60
+
+_MAY_BE_SENT = frozenset(
+    state.value for state in (*DESTINATION_MAY_COMMIT, SourceState.COMMITTED, SourceState.RETIRING)
+)
+"""In the last two the register is known to be the destination's; the successor hears it again from there."""
+
+
+class SimSourceMover(SimMover):
+    """Sends pages of a guest that dirties them again, as its plan says, and then pauses and retires it."""
+
+    side = Side.SOURCE
+
+    def __init__(
+        self,
+        world: MoverWorld,
+        host: SimHost,
+        machine: SourceMachine,
+        connect: Callable[[SimSourceMover], None],
+    ) -> None:
+        super().__init__(world, host, machine)
+        self._connect = connect
+        self._pages_left = world.plan.guest.ram_pages
+        self._pass_began_s = 0.0
+        self._pass_index: int | None = None
+        self._pass_pages = 0
+        self._interrupted_unsent_pages = 0
+        self._last_pages_index = 0
+
+    def begin(self, predecessor_state: str | None) -> None:
+        if self.fails(Begin):
+            return
+        if predecessor_state is None:
+            self.tell(ev.Started())
+        else:
+            self.tell(ev.Recovered(state_may_be_sent=predecessor_state in _MAY_BE_SENT))
+
+    def carry_out(self, command: Command) -> None:
+        rng = self.world.rng
+        if isinstance(command, ev.ConnectPeer):
+            self.work(rng.uniform(0.001, 0.2), self._connect, self)
+        elif isinstance(command, ev.ArmTracking):
+            self.work(rng.uniform(0.005, 0.1), self._arm)
+        elif isinstance(command, ev.SendPass):
+            self._send_pass(command.index)
+        elif isinstance(command, ev.InterruptPass):
+            self._interrupt()
+        elif isinstance(command, ev.RunNative):
+            self._run_native()
+        elif isinstance(command, ev.PauseVm):
+            self.qemu(self._pause)
+        elif isinstance(command, ev.SendLastPages):
+            self.work(self._pages_left / self.world.plan.guest.link_pages_s, self._last_pages_sent)
+        elif isinstance(command, ev.SendState):
+            self.work(rng.uniform(0.002, 0.05), self._state_sent)
+        elif isinstance(command, ev.TellPeerAborted):
+            self.send(Word.ABORT, text=command.message)
+        elif isinstance(command, ev.RetireVm):
+            self._retire()
+        elif isinstance(command, ev.TellPeerFinished):
+            self.send(Word.FINISHED)
+        else:
+            raise NotImplementedError(f"the simulated source cannot carry out {command}")
+
+    def hear(self, message: Message) -> None:
+        self.tell(HEARD)
+        if message.word is Word.WELCOME:
+            self.tell(ev.Connected())
+        elif message.word is Word.PASS_ACK:
+            self._pass_acknowledged(message.number)
+        elif message.word is Word.COMMITTED:
+            self.tell(ev.PeerCommitted())
+        elif message.word is Word.RUNNING:
+            self.tell(ev.PeerRunning(0.001, 0.001, 0.001))
+        elif message.word is Word.FAILED:
+            self.tell(ev.PeerFailed("failed", message.text))
+
+    # --- commands --------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        if not self.world.register.reachable:
+            self.fail(ev.ArmTracking, 0.0, "the controller does not answer")
+        elif not self.fails(ev.ArmTracking):
+            self.tell(ev.Armed(SWITCHOVER_COST_S))
+
+    def _send_pass(self, index: int) -> None:
+        guest = self.world.plan.guest
+        self._pass_index = index
+        self._pass_pages = guest.ram_pages if index == 0 else self._pages_left
+        self._pass_began_s = self.world.schedule.now_s
+        self._interrupted_unsent_pages = 0
+        if not self.fails(ev.SendPass):
+            self.work(self._pass_pages / guest.link_pages_s, self._end_pass, index)
+
+    def _interrupt(self) -> None:
+        """What the pass has not sent yet stays unsent; PassEnded follows as usual."""
+        if self._pass_index is None:
+            return
+        now_s = self.world.schedule.now_s
+        sent_pages = int((now_s - self._pass_began_s) * self.world.plan.guest.link_pages_s)
+        self._interrupted_unsent_pages = max(0, self._pass_pages - sent_pages)
+        self.work(0.01, self._end_pass, self._pass_index)
+
+    def _end_pass(self, index: int) -> None:
+        self.send(Word.PASS_END, index)
+
+    def _pass_acknowledged(self, index: int | None) -> None:
+        """The pass is over when the other end has taken it all; an interrupted one may be over twice."""
+        if index is None or index != self._pass_index:
+            return
+        self._pass_index = None
+        sent_pages = self._pass_pages - self._interrupted_unsent_pages
+        duration_s = self.world.schedule.now_s - self._pass_began_s
+        dirty_pages = self._dirtied_pages(duration_s)
+        self._pages_left = dirty_pages + self._interrupted_unsent_pages
+        result = ev.PassResult(
+            index=index,
+            pages=sent_pages,
+            zero_pages=0,
+            wire_bytes=sent_pages * PAGE_BYTES,
+            duration_s=duration_s,
+            dirty_pages_after=dirty_pages,
+            unsent_pages=self._interrupted_unsent_pages,
+        )
+        self._last_pages_index = index + 1
+        self.tell(ev.PassEnded(result))
+
+    def _dirtied_pages(self, duration_s: float) -> int:
+        guest = self.world.plan.guest
+        touched = guest.dirty_pages_s * duration_s * self.world.rng.uniform(0.7, 1.3)
+        return min(guest.hot_pages, int(touched))
+
+    def _pause(self) -> None:
+        if not self.vm.lives:
+            self.fail(ev.PauseVm, 0.001, "QEMU does not run")
+        elif not self.fails(ev.PauseVm):
+            self.vm.change(VmStatus.PAUSED)
+            self.work(0.001, self.tell, ev.VmPaused())
+
+    def _last_pages_sent(self) -> None:
+        if self.fails(ev.SendLastPages):
+            return
+        self.send(Word.LAST_PAGES, self.vm.still_content)
+        self.work(0.001, self.tell, ev.LastPagesSent(self._last_result()))
+
+    def _last_result(self) -> ev.PassResult:
+        pages = self._pages_left
+        return ev.PassResult(self._last_pages_index, pages, 0, pages * PAGE_BYTES, 0.001, 0)
+
+    def _state_sent(self) -> None:
+        if self.world.plan.options.engine is Engine.QEMU:
+            self.send(Word.LAST_PAGES)
+        elif not self.vm.lives:
+            self.fail(ev.SendState, 0.0, "QEMU does not run")
+            return
+        elif self.fails(ev.SendState):
+            return
+        self.send(Word.STATE, self.vm.still_content)
+        self.work(0.001, self.tell, ev.StateSent(STATE_BYTES))
+
+    def _retire(self) -> None:
+        if self.strikes(self.world.plan.command_failure_share):
+            self.world.cleaning_failed = True
+            self.after(0.05, self.tell, ev.CommandFailed("RetireVm", "vmm", "it was refused"))
+        else:
+            self.qemu(self._retired)
+
+    def _retired(self) -> None:
+        self.vm.change(VmStatus.GONE)
+        self.after(0.001, self.tell, ev.VmRetired())
+
+    # --- QEMU's own engine -----------------------------------------------------------------------
+
+    def _run_native(self) -> None:
+        """QEMU repeats its passes by itself, until little enough is left, or for ever."""
+        guest = self.world.plan.guest
+        pages = float(guest.ram_pages)
+        duration_s = 0.0
+        for _ in range(NATIVE_PASSES_LIMIT):
+            pass_s = pages / guest.link_pages_s
+            duration_s += pass_s
+            pages = min(float(guest.hot_pages), guest.dirty_pages_s * pass_s)
+            if pages / guest.link_pages_s < 0.05:
+                if not self.fails(ev.RunNative, duration_s / 2):
+                    self.work(duration_s, self._native_stops)
+                return
+
+    def _native_stops(self) -> None:
+        if not self.vm.lives:
+            self.fail(ev.RunNative, 0.0, "QEMU does not run")
+            return
+        self.vm.change(VmStatus.PAUSED)
+        self.work(0.01, self._native_sent)
+        self.tell(ev.VmPaused())
+
+    def _native_sent(self) -> None:
+        """Memory and device state have gone in one stream, ahead of the end mark on our connection."""
+        if not self.vm.lives:
+            self.fail(ev.RunNative, 0.0, "QEMU does not run")
+            return
+        self.send(Word.NATIVE_STREAM, self.vm.still_content)
+        self.tell(ev.LastPagesSent(self._last_result()))
