@@ -201,7 +201,10 @@ class Farm:
             return record if record.outcome is not Outcome.RUNNING else None
 
         record: Migration = await until(over, f"migration {migration} has ended", limit_s)
-        await until(lambda: self._no_movers(migration), f"the movers of {migration} have gone", limit_s)
+        try:
+            await until(lambda: self._no_movers(migration), f"the movers of {migration} have gone", 30)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.traces()}") from None
         return record
 
     async def migrate(self, vm: str, to: str, **options: Any) -> Migration:
@@ -222,6 +225,15 @@ class Farm:
     def mover_pid(self, migration: str, host: str, role: Role) -> int:
         folder = MoverFolder.of(self.lab[host].state_dir / "migrations", migration, role)
         return int(folder.pid_file.read_text())
+
+    def traces(self) -> str:
+        """What the movers that are still there left in their folders, for the reader of a failed test."""
+        found = []
+        for host in self.lab.hosts:
+            for path in sorted((host.state_dir / "migrations").glob("*/*")):
+                if path.suffix in (".jsonl", ".log"):
+                    found.append(f"{host.name} {path.parent.name}/{path.name}: {path.read_text()[-1500:]}")
+        return "\n".join(found)
 
     async def _no_movers(self, migration: str) -> bool:
         return not any(

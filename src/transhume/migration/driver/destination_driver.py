@@ -24,7 +24,7 @@ from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.handshake import Identity, accept
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
-from transhume.migration.driver.loop import Driver, Handler
+from transhume.migration.driver.loop import Driver, Handler, end
 from transhume.migration.machine import Command, Event
 from transhume.migration.register import Register
 from transhume.migration.transfer.channel import FrameChannel
@@ -187,8 +187,7 @@ class DestinationDriver(Driver[DestinationState]):
         if self._listener is not None:
             self._listener.close()
         for task in (self._acceptor, self._loading, self._watcher):
-            if task is not None:
-                task.cancel()
+            await end(task)
         for channel in (self._channel, self._native_channel):
             if channel is not None:
                 channel.shutdown()
@@ -410,8 +409,7 @@ class DestinationDriver(Driver[DestinationState]):
         await asyncio.to_thread(self._send_if_open, message)
 
     async def _destroy_vm(self, _: ev.DestroyVm) -> Event:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        await end(self._watcher)
         process = self._process or find_running(self._paths)
         if process is not None:
             await process.kill()

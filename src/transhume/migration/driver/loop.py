@@ -37,6 +37,13 @@ def clock_of(monotonic_s: float) -> str:
     return datetime.fromtimestamp(wall_s).strftime("%H:%M:%S")
 
 
+async def end(task: asyncio.Task[None] | None) -> None:
+    """Cancel a task and wait until it has let go of what it holds."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 class Begin(Command):
     """The driver's own first step, before the machine has commanded anything."""
 

@@ -26,7 +26,7 @@ from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.handshake import Identity, connect
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
-from transhume.migration.driver.loop import Driver, Handler, clock_of
+from transhume.migration.driver.loop import Driver, Handler, clock_of, end
 from transhume.migration.machine import Command, Event
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
@@ -178,8 +178,7 @@ class SourceDriver(Driver[SourceState]):
         for channel in (self._channel, self._native_channel):
             if channel is not None:
                 channel.shutdown()
-        if self._watcher is not None:
-            self._watcher.cancel()
+        await end(self._watcher)
         self._data_thread.shutdown(wait=True)
         if self._reader is not None:
             await asyncio.to_thread(self._reader.join)
@@ -448,8 +447,7 @@ class SourceDriver(Driver[SourceState]):
 
     async def _retire_vm(self, _: ev.RetireVm) -> Event:
         process = self._process
-        if self._watcher is not None:
-            self._watcher.cancel()
+        await end(self._watcher)
         if process is not None:
             try:
                 await self._qemu().quit()
