@@ -2,10 +2,11 @@
 
 QEMU maps each RAM block whole, shared, from a memfd called `transhume-ramN`. This process opens the
 same memfds through /proc/PID/fd, which works for root whoever made them, and reads and writes the
-guest's pages without QEMU's help. It maps a window at a time and lets go of it, page tables included,
-so that a mover stays small whatever the size of the VM.
+guest's pages without QEMU's help: with preadv, sendfile, pwrite and splice, so that a mover stays small
+whatever the size of the VM, and pays no page faults. `window` is for a look at a few pages.
 
-Never read a hole through a mapping: for a shared memfd that allocates the page. Ask `populated_runs`.
+Never read a hole through a mapping: for a shared memfd that allocates the page (preadv does not). Ask
+`populated_runs`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ from transhume.model.errors import KernelError, VmmError
 from transhume.model.vm import PAGE_BYTES, RamBlock
 
 MEMFD_PREFIX = "transhume-ram"
-WINDOW_PAGES = 4096
-"""The most that is mapped at a time: 16 MiB."""
-
 WORDS_PER_PAGE = PAGE_BYTES // 8
 Words = NDArray[np.uint64]
 """The content of consecutive pages, shape (pages, 512)."""
@@ -55,7 +53,7 @@ class GuestBlock:
         return self.block.size_bytes // PAGE_BYTES
 
     def window(self, first_page: int, page_count: int, writable: bool = False) -> Words:
-        """Map at most `WINDOW_PAGES` pages. The mapping ends with the last reference to the array."""
+        """Map some pages. The mapping ends with the last reference to the array."""
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         mapping = mmap.mmap(
             self.fd, page_count * PAGE_BYTES, mmap.MAP_SHARED, access, offset=first_page * PAGE_BYTES

@@ -28,16 +28,6 @@ def zero_pages(words: Words) -> Bitmap:
     return zero
 
 
-def split(words: Words, first_page: int, runs: Runs) -> tuple[Runs, Runs]:
-    """Divide the runs, which must lie in the window `words` from `first_page` on, by their content.
-
-    Returns the runs of zero pages and those of all the others. Only pages in `runs` are read. Meant for
-    long runs: it takes a step in Python for each.
-    """
-    zero = [zero_pages(words[first - first_page :][:count]) for first, count in runs.tolist()]
-    return by_content(runs, np.concatenate(zero))
-
-
 def by_content(runs: Runs, zero: Bitmap) -> tuple[Runs, Runs]:
     """Divide the runs by a bitmap with one element for each page in them; returns (zero, other)."""
     if not zero.any():

@@ -1,8 +1,9 @@
 """Send pages of guest RAM.
 
-Long runs go straight from the memfd to the socket (sendfile), after a look at their content through a
-short-lived mapping: zero pages are named, not sent, and holes are not even touched. Short runs, where a
-system call for each would cost more than the copy, are gathered into a buffer and sent in one piece.
+Every page is copied into a small buffer first, to see whether it is all zeros: such pages are named, not
+sent. (Reading does not allocate holes, and costs less than the page faults of a mapping.) Long runs then
+go straight from the memfd to the socket (sendfile), without another copy; short ones, where a system call
+for each would cost more than that, go out of the buffer in one piece.
 
 The caller has scanned for dirty pages before: what the guest writes while its pages are on their way
 is in the next scan, so that a page torn by such a write is sent again (see memory/tracker.py).
