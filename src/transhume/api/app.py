@@ -22,6 +22,7 @@ from transhume.api.forward import farm_client, forward_router
 from transhume.api.gate import Gate
 from transhume.api.host_routes import host_router
 from transhume.api.problem import CONTENT_TYPE, encode_problem
+from transhume.api.register_app import RegisterApp
 from transhume.farm.controller import Controller
 from transhume.farm.host_link import HostLink
 from transhume.host.config import HostConfig
@@ -48,7 +49,7 @@ def create_app(config: HostConfig, host: HostLink, controller: Controller | None
         return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret), client.aclose)
     app.include_router(controller_router(controller))
     app.include_router(farm_router(config, controller))
-    return Gate(app, config.name, controller.members.authenticates)
+    return Gate(RegisterApp(controller, app), config.name, controller.members.authenticates)
 
 
 def _is_own(config: HostConfig, name: str, secret: str) -> bool:

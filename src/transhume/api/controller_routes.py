@@ -1,4 +1,4 @@
-"""What hosts and movers ask of the controller, as HTTP: `ControllerLink`, method by method."""
+"""What hosts and movers ask of the controller, as HTTP, but for the register (`register_app`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 
 from transhume.api.gate import CALLER
-from transhume.api.schemas import HeartbeatRequest, MigrationId, Name, SwapRequest
+from transhume.api.schemas import HeartbeatRequest, MigrationId, Name
 from transhume.farm.controller import Controller
 from transhume.model.errors import Unauthorized
 from transhume.model.migration import Migration
-from transhume.model.orders import MigrationUpdate, SwapReply
-from transhume.model.vm import Ownership
+from transhume.model.orders import MigrationUpdate
 
 
 def caller(request: Request) -> str | None:
@@ -27,18 +26,6 @@ Caller = Annotated[str | None, Depends(caller)]
 def controller_router(controller: Controller) -> APIRouter:
     """Routes under /controller/v1."""
     router = APIRouter(prefix="/controller/v1")
-
-    @router.get("/ping", status_code=204)
-    async def ping() -> None:
-        """Answer at once: a mover keeps its connection warm with it before the commit."""
-
-    @router.get("/ownership/{vm}")
-    async def ownership(vm: Name) -> Ownership:
-        return await controller.ownership(vm)
-
-    @router.post("/ownership/{vm}/swap")
-    async def swap_ownership(vm: Name, body: SwapRequest) -> SwapReply:
-        return await controller.swap_ownership(vm, body.expected, body.wanted)
 
     @router.get("/migrations/{migration}")
     async def migration(migration: MigrationId) -> Migration:

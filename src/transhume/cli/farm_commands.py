@@ -232,7 +232,10 @@ def _demand_same(known: HostConfig | None, name: str | None, address: str | None
 
 
 def _join_command(config: HostConfig, invitation: Invitation) -> str:
-    where = config.address if config.port == DEFAULT_PORT else authority(config.address, config.port)
+    address, port = config.address, config.port
+    if not config.carries_controller:
+        address, port = config.controller_address, config.controller_port
+    where = address if port == DEFAULT_PORT else authority(address, port)
     return shlex.join(["transhume", "join", where, "--token", invitation.token])
 
 

@@ -6,17 +6,22 @@ A migration commits by one compare-and-swap `(source, e) -> (destination, e+1)` 
 
 from __future__ import annotations
 
-from transhume.farm.records import FarmRecords, Kept, encode, ownership_key
+from transhume.farm.records import FarmRecords, Kept, encode
 from transhume.model.errors import NotFound, Refused
 from transhume.model.orders import SwapReply
 from transhume.model.vm import Ownership
 
 
 class OwnershipRegister:
-    """Reads and swaps on top of the store. Keeps nothing in memory: the store is the truth."""
+    """Reads and swaps on top of the store.
+
+    The store is the truth. What was read last is remembered for swaps alone, to save a reading while a VM
+    stands still: the transaction compares its revision, so what has become stale cannot win or lose by it.
+    """
 
     def __init__(self, records: FarmRecords) -> None:
         self._records = records
+        self._last: dict[str, Kept[Ownership]] = {}
 
     async def read(self, vm: str) -> Ownership:
         """Raises `NotFound` for a VM that the farm does not know, `StoreError` when the store fails."""
@@ -26,7 +31,9 @@ class OwnershipRegister:
         """As `read`, with the revision, for a transaction that also changes other records."""
         found = await self._records.ownership(vm)
         if found is None:
+            self._last.pop(vm, None)
             raise NotFound(f"the farm has no VM {vm}; `transhume vm list` shows those it has")
+        self._last[vm] = found
         return found
 
     async def swap(self, vm: str, expected: Ownership, wanted: Ownership) -> SwapReply:
@@ -38,13 +45,16 @@ class OwnershipRegister:
             raise Refused(
                 f"the epoch of VM {vm} may only rise: {expected.epoch} -> {wanted.epoch}; ask for more"
             )
-        while True:
+        held = self._last.pop(vm, None)
+        if held is None or held.record != expected:
             held = await self.kept(vm)
-            if held.record != expected:
-                return SwapReply(won=False, owner=held.record.owner, epoch=held.record.epoch)
-            done = await self._records.store.transact(
-                compares=[held.unchanged], puts={ownership_key(vm): encode(wanted)}
+        while held.record == expected:
+            revision = await self._records.store.transact(
+                compares=[held.unchanged], puts={held.key: encode(wanted)}
             )
-            if done is not None:
+            if revision is not None:
+                self._last[vm] = Kept(held.key, wanted, revision)
                 return SwapReply(won=True, owner=wanted.owner, epoch=wanted.epoch)
-            # Somebody wrote between the read and the swap: read again and see what it holds now.
+            # Somebody wrote after the reading: read again and see what it holds now.
+            held = await self.kept(vm)
+        return SwapReply(won=False, owner=held.record.owner, epoch=held.record.epoch)
