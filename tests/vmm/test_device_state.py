@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from tests.vmm.machines import Machines, copy_ram, counter, open_ram, until_counting, until_counting_on
 
 from transhume.model.errors import TimedOut, VmmError
-from transhume.model.vm import Display, VmSpec
+from transhume.model.vm import Accel, Display, VmSpec
 from transhume.vmm import device_state
+from transhume.vmm.capabilities import KVM_DEVICE
 from transhume.vmm.device_state import IncomingState, OutgoingState, prepare_load, prepare_save, save
 from transhume.vmm.launch import Launched
 
@@ -67,6 +70,27 @@ async def test_a_vm_goes_on_in_another_qemu(
     await source.monitor.quit()
     await destination.monitor.cont()
     await until_counting_on(destination.process)
+
+
+async def test_a_vm_goes_on_in_another_qemu_under_kvm(root: Path) -> None:
+    """As root, who may open the device everywhere, and with a CPU model that a nested KVM can do too."""
+    try:
+        os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        pytest.skip(f"{KVM_DEVICE} does not open here: {error.strerror}")
+    machines = Machines(root, "root")
+    spec = machines.spec(boot=True).model_copy(update={"accel": Accel.KVM, "cpu_model": "qemu64"})
+    try:
+        source = await stopped_source(machines, spec)
+        destination = await waiting_destination(machines, spec)
+        state = await save(source.monitor)
+        copy_ram(source.process, destination.process)
+        await load(destination, state)
+        assert counter(destination.process) == counter(source.process)
+        await destination.monitor.cont()
+        await until_counting_on(destination.process)
+    finally:
+        await machines.end_all()
 
 
 async def test_a_vm_moves_on_from_where_it_came(machines: Machines) -> None:
@@ -207,6 +231,7 @@ async def test_the_death_of_the_reader_does_not_stop_the_vm(machines: Machines) 
     script = """
 import asyncio, os, sys
 from pathlib import Path
+from transhume.vmm.capabilities import KVM_DEVICE
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.monitor import Monitor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ async def test_a_zombie_is_dead(paths: VmPaths, child: subprocess.Popen[bytes]) 
     await until(lambda: start_time_ticks(child.pid) is None, "the child is a zombie")
     assert Path(f"/proc/{child.pid}").exists(), "nobody has reaped it yet"
     assert find_running(paths) is None
+    assert not Path(f"/proc/{child.pid}").exists(), "and now it is reaped"
 
 
 async def test_a_kill_waits_for_the_end_and_reaps(child: subprocess.Popen[bytes]) -> None:
@@ -85,6 +87,15 @@ async def test_a_kill_waits_for_the_end_and_reaps(child: subprocess.Popen[bytes]
     await process.kill()
     process.close()
     process.close()
+
+
+async def test_a_child_is_reaped_whoever_ends_it(child: subprocess.Popen[bytes]) -> None:
+    process = QemuProcess.open(record_of(child.pid))
+    assert process is not None
+    process.reap_when_it_ends()
+    process.close()
+    os.kill(child.pid, signal.SIGKILL)
+    await until(lambda: not Path(f"/proc/{child.pid}").exists(), "the child is reaped")
 
 
 async def test_a_wait_has_a_limit(child: subprocess.Popen[bytes]) -> None:

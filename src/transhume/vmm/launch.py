@@ -119,14 +119,28 @@ def _spawn(spec: VmSpec, paths: VmPaths, vm_user: str, incoming: bool, binary: s
         raise VmmError(f"{binary} cannot be started: {error.strerror}") from error
     finally:
         _close_all(fds)
-    pidfd = os.pidfd_open(child.pid)
-    started = start_time_ticks(child.pid) or 0
-    # From here on the pidfd stands for the process, and the library's object must not wait for it.
+    return _held(child, tuple(fds), incoming)
+
+
+def _held(child: subprocess.Popen[bytes], ram_fds: tuple[int, ...], incoming: bool) -> QemuProcess:
+    """Hold the new process by a pidfd: nobody can have reaped it yet, so its number is its own."""
+    try:
+        record = RunRecord(
+            pid=child.pid,
+            start_time_ticks=start_time_ticks(child.pid) or 0,
+            boot_id=boot_id(),
+            ram_fds=ram_fds,
+            incoming=incoming,
+        )
+        process = QemuProcess(record, os.pidfd_open(child.pid))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    # From here on the library's object must not wait for it.
     child.returncode = 0
-    record = RunRecord(
-        pid=child.pid, start_time_ticks=started, boot_id=boot_id(), ram_fds=tuple(fds), incoming=incoming
-    )
-    return QemuProcess(record, pidfd)
+    process.reap_when_it_ends()
+    return process
 
 
 def _limits() -> list[str]:

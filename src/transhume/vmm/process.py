@@ -58,6 +58,7 @@ class QemuProcess:
         except ProcessLookupError:
             return None
         process = cls(record, pidfd)
+        _reap(pidfd)
         # Looked up after the pidfd was opened: from here on the number cannot pass to another process.
         if start_time_ticks(record.pid) == record.start_time_ticks:
             return process
@@ -71,7 +72,7 @@ class QemuProcess:
     @property
     def alive(self) -> bool:
         """Whether it runs; a zombie does not."""
-        self._reap()
+        _reap(self._pidfd)
         return start_time_ticks(self.pid) == self.record.start_time_ticks
 
     async def wait(self, timeout_s: float | None = None) -> None:
@@ -89,7 +90,7 @@ class QemuProcess:
         finally:
             loop.remove_reader(watched)
             os.close(watched)
-        self._reap()
+        _reap(self._pidfd)
 
     async def kill(self) -> None:
         """End the process at once (SIGKILL) and wait until it is gone. Does nothing when it is dead."""
@@ -101,16 +102,32 @@ class QemuProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
+    def reap_when_it_ends(self) -> None:
+        """Take its exit status whenever it ends, for as long as this event loop runs: a parent's duty.
+
+        Whoever ends it, and whether or not this object still exists then, no zombie stays.
+        """
+        loop = asyncio.get_running_loop()
+        watched = os.dup(self._pidfd)
+
+        def reap() -> None:
+            loop.remove_reader(watched)
+            _reap(watched)
+            os.close(watched)
+
+        loop.add_reader(watched, reap)
+
     def close(self) -> None:
         """Let go of the process without ending it."""
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._pidfd = -1
 
-    def _reap(self) -> None:
-        """Take the exit status of a child, so that no zombie stays; other processes are not ours to reap."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+
+def _reap(pidfd: int) -> None:
+    """Take the exit status of a dead child; what is not ours, or not dead, is left alone."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
 
 
 def boot_id() -> str:
