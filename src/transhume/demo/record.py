@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from transhume.model.migration import Migration, Outcome
@@ -61,21 +62,21 @@ def write_json(path: Path, records: Sequence[DemoRecord]) -> None:
 
 
 def table_of(records: Sequence[DemoRecord]) -> Table:
-    table = Table(title="One running VM, moved there and back by each engine")
-    table.add_column("engine")
-    table.add_column("moved to")
-    table.add_column("outcome")
-    for measure in ("total", "downtime", "guest's gap", "on the wire", "passes", "wrong pages"):
-        table.add_column(measure, justify="right")
+    """The records for a person, narrow enough for a terminal of 80 columns."""
+    table = Table(title="One running VM, moved there and back by each engine", box=SIMPLE_HEAD)
+    for name in ("engine", "now on", "outcome"):
+        table.add_column(name, no_wrap=True)
+    for measure in ("total\ns", "downtime\nms", "guest gap\nms", "sent\nMB", "passes\n", "wrong\npages"):
+        table.add_column(measure, justify="right", no_wrap=True)
     for record in records:
         table.add_row(
             record.engine,
             record.vm_runs_on,
             record.outcome,
-            f"{record.total_ms / 1000:.2f} s",
-            f"{record.downtime_ms:.1f} ms",
-            f"{record.guest_gap_ms:.1f} ms",
-            f"{record.wire_bytes / 1e6:.0f} MB",
+            f"{record.total_ms / 1000:.2f}",
+            f"{record.downtime_ms:.1f}",
+            f"{record.guest_gap_ms:.1f}",
+            f"{record.wire_bytes / 1e6:.0f}",
             str(record.iterations),
             str(record.corrupt_pages),
             style=None if record.went_well else "bold red",

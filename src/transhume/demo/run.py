@@ -32,8 +32,8 @@ from transhume.model.migration import Engine, Migration, Outcome, Progress
 from transhume.model.vm import Vm
 
 VM = "shepherd"
-MEMORY_MIB = 512
-WORKLOAD = Workload(memory_mib=256, rate_pages_s=2000, verify_pages_s=40000)
+MEMORY_MIB = 256
+WORKLOAD = Workload(memory_mib=96, rate_pages_s=2000, verify_pages_s=20000)
 WIRE_BITS_S = 1_000_000_000
 _BOOT_LIMIT_S = 60.0
 _VERIFY_LIMIT_S = 60.0
@@ -87,6 +87,7 @@ def _run(console: Console, records: list[DemoRecord]) -> None:
         f"The guest rewrote {WORKLOAD.rate_pages_s} of its pages a second and verified every page after"
         f" each move.\nIts longest gap in {_AT_REST_S:g} s while nothing moved was {at_rest_ms:.1f} ms.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -115,7 +116,7 @@ def _move_there_and_back(
     for engine in Engine:
         for destination in (away, home):
             records.append(_move(home, destination, engine, observer, status))
-            console.print(_sentence(records[-1], destination), highlight=False)
+            console.print(_sentence(records[-1], destination), highlight=False, soft_wrap=True)
 
 
 def _move(
