@@ -118,6 +118,35 @@ async def test_the_stream_is_whole_when_qemu_writes_ahead_of_the_reader(machines
     assert state[:4] == b"QEVM"
 
 
+async def test_the_disk_goes_to_one_owner_at_a_time(machines: Machines) -> None:
+    spec = machines.spec(boot=True)
+    source = await stopped_source(machines, spec)
+    destination = await waiting_destination(machines, spec)
+    state = await save(source.monitor)
+    copy_ram(source.process, destination.process)
+    await load(destination, state)
+
+    await source.monitor.cont()
+    with pytest.raises(VmmError, match="lock"):
+        await destination.monitor.cont()
+    assert await destination.monitor.status() == "paused"
+
+
+async def test_the_disk_is_free_before_the_source_is_gone(machines: Machines) -> None:
+    spec = machines.spec(boot=True)
+    source = await stopped_source(machines, spec)
+    destination = await waiting_destination(machines, spec)
+    state = await save(source.monitor)
+    copy_ram(source.process, destination.process)
+    await load(destination, state)
+
+    await destination.monitor.cont()
+    await until_counting_on(destination.process)
+    with pytest.raises(VmmError, match="lock"):
+        await source.monitor.cont()
+    assert await source.monitor.status() == "postmigrate"
+
+
 async def test_a_cancelled_save_lets_the_vm_go_on(machines: Machines) -> None:
     source = await stopped_source(machines, machines.spec(boot=True, display=Display.VNC))
     counted = counter(source.process)
