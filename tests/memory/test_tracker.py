@@ -219,6 +219,7 @@ def test_scattered_pages_beyond_one_buffer() -> None:
         assert runs[:, 0].tolist() == list(range(0, 300 * MIB // PAGE_BYTES, 2))
 
 
+@pytest.mark.timeout(300)  # ten seconds on an idle machine; a busy one may take its time
 def test_no_write_is_missed_in_ten_thousand_rounds() -> None:
     """A process writes all the time; what the rounds copied equals its memory whenever it pauses."""
     size_bytes = 4 * MIB
