@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from transhume import __version__
 from transhume.api.controller_routes import controller_router
 from transhume.api.farm_routes import farm_router
-from transhume.api.forward import farm_client, forward_router
+from transhume.api.forward import forward_router
 from transhume.api.gate import Gate
 from transhume.api.host_routes import host_router
 from transhume.api.problem import CONTENT_TYPE, encode_problem
@@ -44,9 +44,8 @@ def create_app(config: HostConfig, host: HostLink, controller: Controller | None
     app.add_exception_handler(Exception, _on_bug)
     app.include_router(host_router(config, host))
     if controller is None:
-        client = farm_client(config)
-        app.include_router(forward_router(config, client))
-        return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret), client.aclose)
+        app.include_router(forward_router(config))
+        return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret))
     app.include_router(controller_router(controller))
     app.include_router(farm_router(config, controller))
     return Gate(RegisterApp(controller, app), config.name, controller.members.authenticates)

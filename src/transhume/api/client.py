@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from transhume.api.http_calls import HttpCalls
-from transhume.api.http_connection import authority
+from transhume.api.http_calls import HttpCalls, part
+from transhume.api.http_connection import authority, open_answer
 from transhume.api.problem import from_problem
 from transhume.api.schemas import LogText, Pong
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
-from transhume.model.errors import PeerProtocolError
+from transhume.model.errors import HostLost, PeerProtocolError
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome
 from transhume.model.orders import CancelReply
 from transhume.model.vm import Vm, VmSpec
@@ -64,86 +63,91 @@ class FarmClient:
         return await self._calls.ask("POST", "/v1/join", Joined, body)
 
     async def remove_host(self, name: str) -> None:
-        await self._calls.send("DELETE", f"/v1/hosts/{name}")
+        await self._calls.send("DELETE", f"/v1/hosts/{part(name)}")
 
     async def vms(self) -> list[Vm]:
         return await self._calls.ask("GET", "/v1/vms", _VMS)
 
     async def vm(self, name: str) -> Vm:
-        return await self._calls.ask("GET", f"/v1/vms/{name}", Vm)
+        return await self._calls.ask("GET", f"/v1/vms/{part(name)}", Vm)
 
     async def create_vm(self, spec: VmSpec, host: str | None) -> Vm:
         body = {"spec": spec.model_dump(mode="json"), "host": host}
         return await self._calls.ask("POST", "/v1/vms", Vm, body)
 
     async def start_vm(self, name: str) -> Vm:
-        return await self._calls.ask("POST", f"/v1/vms/{name}/start", Vm, timeout_s=90.0)
+        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/start", Vm, timeout_s=90.0)
 
     async def stop_vm(self, name: str, timeout_s: float) -> Vm:
         body = {"timeout_s": timeout_s}
-        return await self._calls.ask("POST", f"/v1/vms/{name}/stop", Vm, body, timeout_s=timeout_s + 30)
+        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/stop", Vm, body, timeout_s=timeout_s + 30)
 
     async def kill_vm(self, name: str) -> Vm:
-        return await self._calls.ask("POST", f"/v1/vms/{name}/kill", Vm, timeout_s=60.0)
+        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/kill", Vm, timeout_s=60.0)
 
     async def delete_vm(self, name: str) -> None:
-        await self._calls.send("DELETE", f"/v1/vms/{name}", timeout_s=60.0)
+        await self._calls.send("DELETE", f"/v1/vms/{part(name)}", timeout_s=60.0)
 
     async def vm_log(self, name: str, serial: bool, lines: int) -> str:
         params = {"serial": serial, "lines": lines}
-        return (await self._calls.ask("GET", f"/v1/vms/{name}/log", LogText, params=params)).text
+        return (await self._calls.ask("GET", f"/v1/vms/{part(name)}/log", LogText, params=params)).text
 
     async def screendump(self, name: str) -> bytes:
-        return await self._calls.send("GET", f"/v1/vms/{name}/screendump")
+        return await self._calls.send("GET", f"/v1/vms/{part(name)}/screendump")
 
     def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         # Loaded here: the library behind it would slow every other command down.
         from transhume.api.console_client import join_console
 
-        path = f"/v1/vms/{name}/console"
+        path = f"/v1/vms/{part(name)}/console"
         return join_console(self._calls.peer, self._target, path, self._bearer, received)
 
     async def migrate(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
         """Returns when the migration is entered; `follow` tells the rest."""
         body = {"to": to, "options": options.model_dump(mode="json")}
-        return await self._calls.ask("POST", f"/v1/vms/{vm}/migrate", Migration, body, timeout_s=60.0)
+        return await self._calls.ask("POST", f"/v1/vms/{part(vm)}/migrate", Migration, body, timeout_s=60.0)
 
     async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
         body = {"to": to, "options": options.model_dump(mode="json")}
-        return await self._calls.ask("POST", f"/v1/vms/{vm}/dry-run", DryRun, body, timeout_s=90.0)
+        return await self._calls.ask("POST", f"/v1/vms/{part(vm)}/dry-run", DryRun, body, timeout_s=90.0)
 
     async def migrations(self) -> list[Migration]:
         return await self._calls.ask("GET", "/v1/migrations", _MIGRATIONS)
 
     async def migration(self, migration: str) -> Migration:
-        return await self._calls.ask("GET", f"/v1/migrations/{migration}", Migration)
+        return await self._calls.ask("GET", f"/v1/migrations/{part(migration)}", Migration)
 
     async def cancel(self, reference: str) -> CancelReply:
         """By a migration's id or its VM's name."""
         return await self._calls.ask(
-            "POST", f"/v1/migrations/{reference}/cancel", CancelReply, timeout_s=60.0
+            "POST", f"/v1/migrations/{part(reference)}/cancel", CancelReply, timeout_s=60.0
         )
 
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """Events until the one that ended it. `HostLost` when the stream breaks: go on with `after`."""
-        stream = self._calls.stream(f"/v1/migrations/{migration}/events", {"after": after}, STREAM_SILENCE_S)
-        try:
-            async with stream as answer:
-                if answer.is_error:
-                    raise from_problem(answer.status_code, await answer.aread(), self._calls.peer)
-                async for line in answer.aiter_lines():
+        path = f"/v1/migrations/{part(migration)}/events?after={after}"
+        calls = self._calls
+        async with open_answer(
+            calls.peer, calls.target, calls.headers, "GET", path, None, STREAM_SILENCE_S
+        ) as answer:
+            if answer.head.status >= 400:
+                raise from_problem(
+                    answer.head.status, b"".join([piece async for piece in answer.body]), calls.peer
+                )
+            rest = b""
+            async for piece in answer.body:
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
                     if not line:
                         continue
-                    event = _event(line, self._calls.peer)
+                    event = _event(line, calls.peer)
                     yield event
                     if event.migration.outcome is not Outcome.RUNNING:
                         return
-        except httpx.HTTPError as error:
-            raise self._calls.lost(error) from error
-        raise self._calls.lost(ConnectionResetError("the stream ended early"))
+        raise HostLost(f"{calls.peer} ended the stream of migration {migration} early")
 
 
-def _event(line: str, peer: str) -> MigrationEvent:
+def _event(line: bytes, peer: str) -> MigrationEvent:
     try:
         return MigrationEvent.model_validate_json(line)
     except ValidationError as error:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from transhume.api.http_connection import HttpConnection, authority
+from transhume.api.http_connection import HttpConnection, Target, authority
 from transhume.api.problem import from_problem
 from transhume.host.config import HostConfig
 from transhume.model.errors import PeerProtocolError
@@ -32,7 +31,7 @@ class ControllerClient:
 
     def __init__(self, config: HostConfig, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> None:
         self._timeout_s = answer_timeout_s
-        target: tuple[str, int] | Path
+        target: Target
         if config.carries_controller:
             target, where = config.api_socket, str(config.api_socket)
         else:

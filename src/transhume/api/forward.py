@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 
-import httpx
 from fastapi import APIRouter, Request, WebSocket
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from transhume.api.console import CLOSE_PROBLEM
-from transhume.api.http_connection import authority
+from transhume.api.http_connection import Answer, authority, open_answer
 from transhume.api.problem import encode_problem
 from transhume.host.config import HostConfig
 from transhume.model.errors import HostLost
 
+log = logging.getLogger(__name__)
+
 _KEPT_HEADERS = ("content-type", "content-length")
 
-CONNECT_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 3700.0
 """Longer than the longest wait that a request may ask for; a stream beats far more often."""
 
@@ -30,36 +33,16 @@ def bearer(config: HostConfig) -> dict[str, str]:
     return {"Authorization": f"Bearer {config.name}:{config.secret}"}
 
 
-def farm_client(config: HostConfig) -> httpx.AsyncClient:
-    """The connections to the controller; whoever makes them closes them."""
-    return httpx.AsyncClient(
-        base_url=f"http://{authority(config.controller_address, config.controller_port)}",
-        headers=bearer(config),
-        timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
-        trust_env=False,
-    )
-
-
-def forward_router(config: HostConfig, client: httpx.AsyncClient) -> APIRouter:
+def forward_router(config: HostConfig) -> APIRouter:
     """All of /v1 at the controller's address."""
     router = APIRouter(prefix="/v1")
     where = authority(config.controller_address, config.controller_port)
 
     @router.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
-    async def forward(request: Request, path: str) -> StreamingResponse:
-        kept = {name: value for name in _KEPT_HEADERS if (value := request.headers.get(name))}
-        outgoing = client.build_request(
-            request.method,
-            httpx.URL(path=request.url.path, query=request.url.query.encode()),
-            headers=kept,
-            content=await request.body(),
-        )
-        try:
-            answer = await client.send(outgoing, stream=True)
-        except httpx.TransportError as error:
-            raise _lost(where, error) from error
-        kept = {name: value for name in _KEPT_HEADERS if (value := answer.headers.get(name))}
-        return StreamingResponse(_body(answer), status_code=answer.status_code, headers=kept)
+    async def forward(request: Request, path: str) -> Response:
+        query = f"?{request.url.query}" if request.url.query else ""
+        raw_path = request.scope["raw_path"].decode("latin-1")
+        return _Forwarded(config, request.method, f"{raw_path}{query}", await request.body())
 
     @router.websocket("/{path:path}")
     async def forward_websocket(websocket: WebSocket, path: str) -> None:
@@ -68,7 +51,7 @@ def forward_router(config: HostConfig, client: httpx.AsyncClient) -> APIRouter:
             async with connect(
                 f"ws://{where}{websocket.url.path}",
                 additional_headers=bearer(config),
-                open_timeout=CONNECT_TIMEOUT_S,
+                open_timeout=OPEN_TIMEOUT_S,
                 proxy=None,
             ) as upstream:
                 await _join_both(websocket, upstream)
@@ -79,12 +62,43 @@ def forward_router(config: HostConfig, client: httpx.AsyncClient) -> APIRouter:
     return router
 
 
-async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+class _Forwarded(Response):
+    """The controller's answer, passed on piece by piece while the connection to it is open."""
+
+    def __init__(self, config: HostConfig, method: str, path: str, content: bytes) -> None:
+        super().__init__()
+        self._config = config
+        self._method = method
+        self._path = path
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with open_answer(
+            *_controller(self._config),
+            bearer(self._config),
+            self._method,
+            self._path,
+            self._content or None,
+            ANSWER_TIMEOUT_S,
+        ) as answer:
+            headers = answer.head.headers
+            kept = {name: headers[name] for name in _KEPT_HEADERS if name in headers}
+            passing = StreamingResponse(_body(answer), status_code=answer.head.status, headers=kept)
+            await passing(scope, receive, send)
+
+
+async def _body(answer: Answer) -> AsyncIterator[bytes]:
     try:
-        async for chunk in answer.aiter_raw():
-            yield chunk
-    finally:
-        await answer.aclose()
+        async for piece in answer.body:
+            yield piece
+    except HostLost as error:
+        # The head has gone out, so all that is left is to end early, which the caller notices.
+        log.warning("an answer was passed on in part: %s", error.message)
+
+
+def _controller(config: HostConfig) -> tuple[str, tuple[str, int]]:
+    target = (config.controller_address, config.controller_port)
+    return f"the controller at {authority(*target)}", target
 
 
 async def _join_both(websocket: WebSocket, upstream: ClientConnection) -> None:

@@ -52,10 +52,8 @@ class Gate:
         app: App,
         own_name: str,
         authenticates: Callable[[str, str], bool],
-        release: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._app = app
-        self._release = release
         self._own_name = own_name
         self._authenticates = authenticates
 
@@ -74,11 +72,6 @@ class Gate:
             await _refuse(scope, send, *oversize)
             return
         await self._app(scope, receive, send)
-
-    async def close(self) -> None:
-        """Let go of connections to other hosts. Requests that come later are answered with an error."""
-        if self._release is not None:
-            await self._release()
 
     def _prove(self, path: str, headers: dict[bytes, bytes]) -> str:
         if path in _OPEN_PATHS:

@@ -1,46 +1,47 @@
-"""Requests of one daemon's client over httpx: foreign errors are turned into ours here and nowhere else."""
+"""Requests to one daemon with typed answers: the daemon's errors come back as the classes they were."""
 
 from __future__ import annotations
 
-from contextlib import AbstractAsyncContextManager
-from pathlib import Path
+import json
 from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
 
-import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from transhume.api.http_connection import authority
+from transhume.api.http_connection import HttpConnection, Target
 from transhume.api.problem import from_problem
-from transhume.model.errors import HostLost, PeerProtocolError
+from transhume.model.errors import PeerProtocolError
 
 Answer = TypeVar("Answer")
 
-CONNECT_TIMEOUT_S = 5.0
+Body = BaseModel | dict[str, Any] | None
+Params = dict[str, Any] | None
+
+MAX_IDLE_CONNECTIONS = 4
+
+
+def part(name: str) -> str:
+    """A name as one part of a path, whatever somebody typed."""
+    return quote(name, safe="")
 
 
 class HttpCalls:
-    """One daemon under one prefix. `peer` names it in errors."""
+    """One daemon under one prefix. `peer` names it in errors. Calls may be made at the same time."""
 
-    def __init__(
-        self, peer: str, target: tuple[str, int] | Path, prefix: str, bearer: str | None = None
-    ) -> None:
+    def __init__(self, peer: str, target: Target, prefix: str, bearer: str | None = None) -> None:
         self.peer = peer
-        local = isinstance(target, Path)
-        where = "localhost" if isinstance(target, Path) else authority(*target)
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(target)) if local else None,
-            base_url=f"http://{where}{prefix}",
-            headers={"Authorization": f"Bearer {bearer}"} if bearer else {},
-            trust_env=False,
-        )
+        self.target = target
+        self.headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        self._prefix = prefix
+        self._idle: list[HttpConnection] = []
 
     async def ask(
         self,
         method: str,
         path: str,
         kind: type[Answer] | TypeAdapter[Answer],
-        body: BaseModel | dict[str, Any] | None = None,
-        params: dict[str, Any] | None = None,
+        body: Body = None,
+        params: Params = None,
         timeout_s: float = 30.0,
     ) -> Answer:
         """The answer as a `kind`. Raises what the other end raised, or `HostLost`."""
@@ -54,39 +55,34 @@ class HttpCalls:
             ) from error
 
     async def send(
-        self,
-        method: str,
-        path: str,
-        body: BaseModel | dict[str, Any] | None = None,
-        params: dict[str, Any] | None = None,
-        timeout_s: float = 30.0,
+        self, method: str, path: str, body: Body = None, params: Params = None, timeout_s: float = 30.0
     ) -> bytes:
         """The answer as it came."""
-        if isinstance(body, BaseModel):
-            body = body.model_dump(mode="json")
+        query = f"?{urlencode(params)}" if params else ""
+        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, self.headers)
         try:
-            answer = await self._client.request(
-                method,
-                path,
-                json=body,
-                params=params,
-                timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S),
+            status, content = await connection.request(
+                method, f"{self._prefix}{path}{query}", _encode(body), timeout_s
             )
-        except httpx.HTTPError as error:
-            raise self.lost(error) from error
-        if answer.is_error:
-            raise from_problem(answer.status_code, answer.content, self.peer)
-        return answer.content
-
-    def stream(
-        self, path: str, params: dict[str, Any], silence_limit_s: float
-    ) -> AbstractAsyncContextManager[httpx.Response]:
-        """An httpx stream; the caller turns `httpx.HTTPError` into `lost`."""
-        timeout = httpx.Timeout(silence_limit_s, connect=CONNECT_TIMEOUT_S)
-        return self._client.stream("GET", path, params=params, timeout=timeout)
-
-    def lost(self, error: Exception) -> HostLost:
-        return HostLost(f"{self.peer} does not answer ({str(error) or type(error).__name__})")
+        finally:
+            await self._give_back(connection)
+        if status >= 400:
+            raise from_problem(status, content, self.peer)
+        return content
 
     async def close(self) -> None:
-        await self._client.aclose()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.close()
+
+    async def _give_back(self, connection: HttpConnection) -> None:
+        if len(self._idle) < MAX_IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            await connection.close()
+
+
+def _encode(body: Body) -> bytes | None:
+    if body is None:
+        return None
+    return body.model_dump_json().encode() if isinstance(body, BaseModel) else json.dumps(body).encode()

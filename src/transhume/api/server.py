@@ -11,7 +11,7 @@ from pathlib import Path
 
 import uvicorn
 
-from transhume.api.gate import App, Gate, local
+from transhume.api.gate import App, local
 from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, Refused
 
@@ -29,7 +29,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: Gate, config: HostConfig, ready: asyncio.Event, stop: asyncio.Event) -> None:
+async def serve(app: App, config: HostConfig, ready: asyncio.Event, stop: asyncio.Event) -> None:
     """Answer at `config.address`:`config.port` and at `config.api_socket` until `stop` is set.
 
     `ready` is set when both accept connections. Raises `Conflict` when another daemon answers at either
@@ -43,7 +43,6 @@ async def serve(app: Gate, config: HostConfig, ready: asyncio.Event, stop: async
             await _serve_both(app, wide, near, ready, stop)
         finally:
             config.api_socket.unlink(missing_ok=True)
-            await app.close()
 
 
 async def _serve_both(

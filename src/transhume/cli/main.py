@@ -4,93 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from transhume import __version__
-from transhume.cli import farm_commands, migrate_commands, vm_commands
-from transhume.cli.session import JsonFlag, Session, exit_code_of, say, say_json, session, tell_error
-from transhume.host.config import DEFAULT_STATE_DIR
-from transhume.model.errors import TranshumeError
 
 EXIT_INTERRUPTED = 130
-
-app = typer.Typer(
-    name="transhume",
-    help="Move running QEMU VMs between plain Linux hosts.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-@app.callback()
-def options(
-    context: typer.Context,
-    state_dir: Annotated[
-        Path, typer.Option("--state-dir", envvar="TRANSHUME_STATE_DIR", help="The daemon's state folder.")
-    ] = DEFAULT_STATE_DIR,
-    as_json: JsonFlag = False,
-) -> None:
-    """Move running QEMU VMs between plain Linux hosts."""
-    context.obj = Session(state_dir.absolute(), as_json)
-
-
-app.command("up")(farm_commands.up)
-app.command("join")(farm_commands.join)
-app.command("down")(farm_commands.down)
-app.command("token")(farm_commands.token)
-app.command("hosts")(farm_commands.hosts)
-app.command("forget")(farm_commands.forget)
-app.command("status")(farm_commands.status)
-app.add_typer(vm_commands.app)
-app.command("migrate")(migrate_commands.migrate)
-app.command("cancel")(migrate_commands.cancel)
-app.command("migrations")(migrate_commands.migrations)
-app.command("migration")(migrate_commands.migration)
-
-
-@app.command("demo")
-def demo(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the measurements there.")
-    ] = None,
-) -> None:
-    """Make two hosts on this machine and move a working Linux guest between them, by both engines."""
-    # Loaded here: it builds kernels, makes networks and concerns no other command.
-    from transhume.demo.run import run_demo
-
-    raise typer.Exit(run_demo(json_file))
-
-
-@app.command("version")
-def version(context: typer.Context, as_json: JsonFlag = False) -> None:
-    """Print the version of this command."""
-    if session(context, as_json).as_json:
-        say_json({"version": __version__})
-    else:
-        say(__version__)
 
 
 def run() -> None:
     """The entry point. Ends with an exit code that tells what happened; shows no traceback."""
-    as_json = "--json" in sys.argv[1:]
     try:
-        app()
-    except TranshumeError as error:
-        tell_error(error, as_json)
-        sys.exit(exit_code_of(error))
+        # Loaded here, so that a Ctrl-C while Python is still loading is told in words too.
+        from transhume.cli.commands import app
+        from transhume.cli.session import exit_code_of, tell_error
+        from transhume.model.errors import TranshumeError
+
+        try:
+            app()
+        except TranshumeError as error:
+            tell_error(error, "--json" in sys.argv[1:])
+            sys.exit(exit_code_of(error))
     except KeyboardInterrupt:
-        typer.echo("transhume: interrupted", err=True)
+        print("transhume: interrupted", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001  # the outermost edge: whatever it is, it is told in words
+    except Exception as error:  # the outermost edge: whatever it is, it is told in words
         if os.environ.get("TRANSHUME_DEBUG"):
-            traceback.print_exc()
-        typer.echo(
-            f"transhume: unexpected {type(error).__name__}: {error}; set TRANSHUME_DEBUG=1 to see where",
-            err=True,
-        )
+            raise
+        where = "set TRANSHUME_DEBUG=1 to see where"
+        print(f"transhume: unexpected {type(error).__name__}: {error}; {where}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
