@@ -63,7 +63,8 @@ def write_json(path: Path, records: Sequence[DemoRecord]) -> None:
 
 def table_of(records: Sequence[DemoRecord]) -> Table:
     """The records for a person, narrow enough for a terminal of 80 columns."""
-    table = Table(title="One running VM, moved there and back by each engine", box=SIMPLE_HEAD)
+    title = "One running VM, moved there and back by each engine"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("engine", "now on", "outcome"):
         table.add_column(name, no_wrap=True)
     for measure in ("total\ns", "downtime\nms", "guest gap\nms", "sent\nMB", "passes\n", "wrong\npages"):
