@@ -7,12 +7,13 @@ import sys
 import time
 from collections import Counter
 
-from transhume.sim.farm import SeedResult, SimFarm
+from transhume.sim.farm import Parts, SeedResult, SimFarm
+from transhume.sim.mover import RuleTaken
 
 MAX_SHOWN = 5
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, parts: Parts | None = None) -> int:
     """Play the seeds of the command line; exit code 1 when one of them went wrong."""
     parser = argparse.ArgumentParser(prog="python -m transhume.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to play (default 1000)")
@@ -22,16 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     began_s = time.perf_counter()
     endings: Counter[str] = Counter()
     broken: list[SeedResult] = []
-    rules: set[tuple[str, str]] = set()
+    rules: set[RuleTaken] = set()
     simulated_s = 0.0
     for seed in range(options.first, options.first + options.seeds):
-        result = SimFarm(seed, rules=rules).run()
+        result = SimFarm(seed, parts, rules=rules).run()
         endings[result.ending] += 1
         simulated_s += result.simulated_s
         if result.violation:
             broken.append(result)
         if options.transcript or (result.violation and len(broken) <= MAX_SHOWN):
-            _tell(seed)
+            _tell(seed, parts)
     took_s = time.perf_counter() - began_s
     _print(
         f"{options.seeds} seeds from {options.first}, {simulated_s / 3600:.1f} simulated hours, "
@@ -45,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def _tell(seed: int) -> None:
+def _tell(seed: int, parts: Parts | None) -> None:
     transcript: list[str] = []
-    SimFarm(seed, transcript=transcript).run()
+    SimFarm(seed, parts, transcript).run()
     _print(f"--- seed {seed} ---")
     for line in transcript:
         _print(line)

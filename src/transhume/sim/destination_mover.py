@@ -10,7 +10,7 @@ from transhume.migration.machine import Command
 from transhume.model.migration import Engine
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, Word
-from transhume.sim.mover import HEARD, Begin, MoverWorld, SimMover
+from transhume.sim.mover import HEARD, MoverWorld, SimMover
 from transhume.sim.plan import Side
 from transhume.sim.vm import VmStatus
 
@@ -43,10 +43,10 @@ class SimDestinationMover(SimMover):
 
     def begin(self, predecessor_state: str | None) -> None:
         if predecessor_state is not None:
-            if not self.fails(Begin):
+            if not self.fails_to_begin(predecessor_state):
                 self.tell(ev.Recovered(state_may_be_sent=True))
             return
-        if not self.fails(Begin):
+        if not self.fails_to_begin(predecessor_state):
             self.qemu(self._made)
 
     def _made(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -15,7 +14,7 @@ from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Invariants, Violation
 from transhume.sim.link import Message, SimLink, Word
-from transhume.sim.mover import MoverWorld, SimMover
+from transhume.sim.mover import MoverWorld, RuleTaken, SimMover
 from transhume.sim.plan import Fault, FaultKind, Plan, Side, draw, ram_bytes
 from transhume.sim.register import SimRegister
 from transhume.sim.schedule import Schedule
@@ -26,16 +25,17 @@ FIRST_EPOCH = 7
 AFTER_THE_FAULTS_LIMIT_S = 180.0
 """So long after the last fault everything must have ended; the machines' own limits add up to less."""
 
-MAX_STEPS = 100_000
 SLOWNESS_S = 5.0
 
 
 @dataclass(frozen=True)
-class Machines:
-    """Which machines run: the product's, or ones that a test has broken on purpose."""
+class Parts:
+    """What is played with: the product's machines, or ones that a test has broken on purpose."""
 
-    source: Callable[[Migration, int, float], SourceMachine] = SourceMachine
-    destination: Callable[[Migration, float], DestinationMachine] = DestinationMachine
+    source: type[SourceMachine] = SourceMachine
+    destination: type[DestinationMachine] = DestinationMachine
+    source_mover: type[SimSourceMover] = SimSourceMover
+    destination_mover: type[SimDestinationMover] = SimDestinationMover
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class SeedResult:
     ending: str
     violation: str
     simulated_s: float
-    steps: int
 
 
 class SimFarm:
@@ -55,14 +54,14 @@ class SimFarm:
     def __init__(
         self,
         seed: int,
-        machines: Machines | None = None,
+        parts: Parts | None = None,
         transcript: list[str] | None = None,
-        rules: set[tuple[str, str]] | None = None,
+        rules: set[RuleTaken] | None = None,
     ) -> None:
         self.seed = seed
         self._rng = rng = Random(seed)
         self._plan: Plan = draw(rng)
-        self._machines = machines or Machines()
+        self._parts = parts or Parts()
         self._transcript = transcript
         self._schedule = schedule = Schedule()
         say = None if transcript is None else self._say
@@ -96,20 +95,16 @@ class SimFarm:
         """Play to the end, or to the first thing that must not happen."""
         if self._transcript is not None:
             self._say(f"{self._plan}")
-        steps = 0
         violation = ""
         try:
             self._start()
-            while not self._over() and steps < MAX_STEPS and self._schedule.step():
-                steps += 1
-                if self._schedule.now_s > self._plan.heal_s + AFTER_THE_FAULTS_LIMIT_S:
-                    break
+            self._play()
             self._judge()
         except (Violation, UnexpectedEvent, AssertionError) as error:
             violation = f"{type(error).__name__}: {error}"
             if self._transcript is not None:
                 self._say(violation)
-        return SeedResult(self.seed, self._ending(), violation, self._schedule.now_s, steps)
+        return SeedResult(self.seed, self._ending(), violation, self._schedule.now_s)
 
     # --- the course of things --------------------------------------------------------------------
 
@@ -121,16 +116,25 @@ class SimFarm:
         self._schedule.after(self._plan.heal_s, self._heal)
         self._start_destination()
 
+    def _play(self) -> None:
+        limit_s = self._plan.heal_s + AFTER_THE_FAULTS_LIMIT_S
+        schedule, source, destination = self._schedule, *self._hosts.values()
+        while schedule.now_s < limit_s and schedule.step():
+            if not (source.mover_lives or destination.mover_lives) and self._over():
+                return
+
     def _start_destination(self) -> None:
-        machine = self._machines.destination(self._migration, self._schedule.now_s)
-        mover = SimDestinationMover(
+        machine = self._parts.destination(self._migration, self._schedule.now_s)
+        mover = self._parts.destination_mover(
             self._world, self._hosts[Side.DESTINATION], machine, self._prepared, self._migration_goes_on
         )
         self._start_mover(mover)
 
     def _start_source(self) -> None:
-        machine = self._machines.source(self._migration, ram_bytes(self._plan.guest), self._schedule.now_s)
-        self._start_mover(SimSourceMover(self._world, self._hosts[Side.SOURCE], machine, self._connect))
+        machine = self._parts.source(self._migration, ram_bytes(self._plan.guest), self._schedule.now_s)
+        self._start_mover(
+            self._parts.source_mover(self._world, self._hosts[Side.SOURCE], machine, self._connect)
+        )
 
     def _start_mover(self, mover: SimMover) -> None:
         mover.host.mover_lives = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from enum import StrEnum
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ from transhume.migration.machine import Command, Event
 from transhume.migration.source import SourceMachine
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, SimLink, Word
-from transhume.sim.plan import Plan, Side
+from transhume.sim.plan import SUCCESSOR, Plan, Side
 from transhume.sim.register import SimRegister
 from transhume.sim.schedule import Schedule
 from transhume.sim.vm import SimVm, VmStatus
@@ -28,6 +29,7 @@ COMMAND_LIMIT_S = 0.2
 MAX_RESUME_FAILURES = 3
 """Fewer than the machines try: a QEMU that never resumes is a dead one, which is a fault of its own."""
 
+RuleTaken = tuple[StrEnum, type[Event]]
 AnyMachine = SourceMachine | DestinationMachine
 
 TICK = ev.Tick()
@@ -49,7 +51,7 @@ class MoverWorld:
         register: SimRegister,
         state_entered: Callable[[Side, str], int | None],
         say: Callable[[str], None] | None,
-        rules: set[tuple[str, str]] | None,
+        rules: set[RuleTaken] | None,
     ) -> None:
         self.plan = plan
         self.rng = rng
@@ -103,8 +105,7 @@ class SimMover(ABC):
     def start(self) -> None:
         """The process begins: it may be a successor, which its host's journal tells."""
         predecessor_state = self.host.last_state
-        if predecessor_state is None:
-            self.host.journal.append(self.machine.state.value)
+        self.journal_the_start(predecessor_state)
         self._schedule_tick()
         if not self.vm.lives and predecessor_state is not None:
             # A successor that finds no QEMU may learn so before or after it knows what it is.
@@ -112,7 +113,14 @@ class SimMover(ABC):
         if self.host.cancel_pending:
             self.host.cancel_pending = False
             self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.CancelRequested())
+        if predecessor_state is not None:
+            self.world.state_entered(self.side, SUCCESSOR)
         self.after(self.world.rng.uniform(0.01, 0.1), self.begin, predecessor_state)
+
+    def journal_the_start(self, predecessor_state: str | None) -> None:
+        """The first mover's entry: something was begun. A successor leaves its predecessor's in place."""
+        if predecessor_state is None:
+            self.host.journal.append(self.machine.state)
 
     def kill(self) -> None:
         """The process is gone, with everything that it had not yet done."""
@@ -131,21 +139,23 @@ class SimMover(ABC):
         """Hand one event to the machine: journal first, then the commands, in order."""
         if not self.alive:
             return
-        machine = self.machine
+        world, machine = self.world, self.machine
         before = machine.state
-        if isinstance(event, ev.QemuDied):
-            self.vm.death_was_noticed = True
-        commands = machine.handle(event, self.world.schedule.now_s)
-        if self.world.rules is not None:
-            self.world.rules.add((before.value, type(event).__name__))
-        if self.world.say is not None and (commands or machine.state != before):
-            self._log(f"{before} <- {event} -> {machine.state} {list(commands)}")
-        kill_after: int | None = None
-        if machine.state != before:
-            self.host.journal.append(machine.state.value)
-            kill_after = self.world.state_entered(self.side, machine.state.value)
+        commands = machine.handle(event, world.schedule.now_s)
+        if world.rules is not None:
+            world.rules.add((before, type(event)))
         if event is not TICK and event is not HEARD:
             self._tick_s = TICK_S
+            if isinstance(event, ev.QemuDied):
+                self.vm.death_was_noticed = True
+        elif not commands and machine.state is before:
+            return
+        if world.say is not None:
+            self._log(f"{before} <- {event} -> {machine.state} {list(commands)}")
+        kill_after: int | None = None
+        if machine.state is not before:
+            self.host.journal.append(machine.state)
+            kill_after = world.state_entered(self.side, machine.state)
         for index, command in enumerate(commands):
             if index == kill_after:
                 break
@@ -204,6 +214,14 @@ class SimMover(ABC):
     def strikes(self, share: float) -> bool:
         """Whether something with this probability happens now. Nothing does after the faults stopped."""
         return share > 0.0 and not self.world.healed and self.world.rng.random() < share
+
+    def fails_to_begin(self, predecessor_state: str | None) -> bool:
+        """Whether the first step fails; then the machine is told. A first mover's failure is little news."""
+        share = self.world.plan.begin_failure_share
+        if not self.strikes(share / 20 if predecessor_state is None else share):
+            return False
+        self.fail(Begin, 0.0)
+        return True
 
     def fails(self, command: type[Command], delay_s: float = 0.05) -> bool:
         """Whether a command fails by chance; then the machine is told."""

@@ -76,6 +76,7 @@ class Plan:
     faults: tuple[Fault, ...]
     latency_s: float
     command_failure_share: float
+    begin_failure_share: float
     answer_lost_share: float
     answer_late_share: float
     request_doubled_share: float
@@ -87,10 +88,22 @@ class Plan:
     heal_s: float
 
 
+SUCCESSOR = "successor"
+"""Stands among the states for the moment at which a mover starts that follows a dead one."""
+
 _STATES: dict[Side, tuple[str, ...]] = {
-    Side.SOURCE: tuple(state.value for state in SourceState),
-    Side.DESTINATION: tuple(state.value for state in DestinationState),
+    Side.SOURCE: (
+        *(state.value for state in SourceState),
+        *(SourceState.STATE, SourceState.AWAITING_COMMIT, SourceState.AWAITING_COMMIT, SourceState.RESOLVING),
+    ),
+    Side.DESTINATION: (
+        *(state.value for state in DestinationState),
+        *(DestinationState.LOADING, DestinationState.COMMITTING, DestinationState.COMMITTING),
+        *(DestinationState.REVOKING, DestinationState.RESUMING),
+    ),
 }
+"""Around the commit more is at stake, so faults come more often there."""
+
 _SIDES = tuple(Side)
 _KINDS = tuple(FaultKind)
 _SCALES_S = (0.001, 0.05, 0.5, 4.0)
@@ -101,12 +114,18 @@ def draw(rng: Random) -> Plan:
     """A plan. Most seeds have few faults, so that each is met in otherwise good order; some have many."""
     fault_count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 6))
     troubled = fault_count > 0
+    faults: list[Fault] = []
+    for _ in range(fault_count):
+        faults.append(_fault(rng))
+        if faults[-1].kind is FaultKind.KILL_MOVER and rng.random() < 0.5:
+            faults.append(_second_blow(rng, faults[-1].side))
     return Plan(
         options=_options(rng),
         guest=_guest(rng),
-        faults=tuple(_fault(rng) for _ in range(fault_count)),
+        faults=tuple(faults),
         latency_s=rng.choice((0.0002, 0.002, 0.05)),
         command_failure_share=rng.choice((0.0, 0.0, 0.0, 0.02, 0.1)) if troubled else 0.0,
+        begin_failure_share=rng.choice((0.0, 0.6)) if troubled else 0.0,
         answer_lost_share=rng.choice((0.0, 0.0, 0.3)) if troubled else 0.0,
         answer_late_share=rng.choice((0.0, 0.0, 0.3)) if troubled else 0.0,
         request_doubled_share=rng.choice((0.0, 0.3)) if troubled else 0.0,
@@ -157,6 +176,21 @@ def _fault(rng: Random) -> Fault:
         delay_s=0.0 if at_once else rng.uniform(0.0, rng.choice(_SCALES_S)),
         after_commands=rng.randrange(4),
         lasts_s=rng.uniform(0.1, 12.0) if kind in WINDOWS else 0.0,
+    )
+
+
+def _second_blow(rng: Random, side: Side) -> Fault:
+    """What strikes a mover that has only just followed a dead one."""
+    cancel = FaultKind.CANCEL if side is Side.SOURCE else FaultKind.ABANDON
+    return Fault(
+        kind=rng.choice((FaultKind.KILL_MOVER, FaultKind.KILL_QEMU, cancel)),
+        side=side,
+        at_s=None,
+        watched=side,
+        state=SUCCESSOR,
+        delay_s=rng.uniform(0.0, rng.choice(_SCALES_S)),
+        after_commands=0,
+        lasts_s=0.0,
     )
 
 

@@ -11,7 +11,7 @@ from transhume.model.migration import Engine
 from transhume.model.vm import PAGE_BYTES
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, Word
-from transhume.sim.mover import HEARD, Begin, MoverWorld, SimMover
+from transhume.sim.mover import HEARD, MoverWorld, SimMover
 from transhume.sim.plan import Side
 from transhume.sim.vm import VmStatus
 
@@ -47,7 +47,7 @@ class SimSourceMover(SimMover):
         self._last_pages_index = 0
 
     def begin(self, predecessor_state: str | None) -> None:
-        if self.fails(Begin):
+        if self.fails_to_begin(predecessor_state):
             return
         if predecessor_state is None:
             self.tell(ev.Started())
