@@ -174,7 +174,7 @@ class Migrations:
             return
         self._heard_at_s[update.migration] = self._clock_s()
         if update.outcome is Outcome.RUNNING:
-            await self._note(merged(record, update), record.phase)
+            await self._note(merged(record, update), record)
             return
         claim = Claim.reported(update)
         if update.host == record.source:
@@ -182,7 +182,7 @@ class Migrations:
             return
         await self._endings.check(record, claim)
         self._last_words[record.id] = (self._clock_s(), claim)
-        await self._note(merged(record, update), record.phase)
+        await self._note(merged(record, update), record)
 
     async def cancel(self, reference: str) -> CancelReply:
         """Give up a migration, named by its id or by its VM; after the commit, say where the VM runs.
@@ -286,7 +286,7 @@ class Migrations:
             record = self._live.get(migration.id)
             if record is not None:
                 self._begun.add(migration.id)
-                await self._note(_at_least(record, Phase.PREPARED), record.phase)
+                await self._note(_at_least(record, Phase.PREPARED), record)
 
     def _set_up_ended(self, migration: str, task: asyncio.Task[None]) -> None:
         self._setups.pop(migration, None)
@@ -294,11 +294,13 @@ class Migrations:
             # The record stays as it is; the sweep gives the migration up when nobody reports on it.
             log.error("setting up migration %s failed", migration, exc_info=task.exception())
 
-    async def _note(self, record: Migration, phase_before: Phase) -> None:
+    async def _note(self, record: Migration, before: Migration) -> None:
         """Keep a record under way. Phases go to the store before the switchover only: then time is short."""
+        if record == before:
+            return
         self._live[record.id] = record
         self._events.append(record)
-        if record.phase is not phase_before and record.phase in (Phase.PREPARED, Phase.PRECOPY):
+        if record.phase is not before.phase and record.phase in (Phase.PREPARED, Phase.PRECOPY):
             try:
                 await self._save(record)
             except StoreError as error:

@@ -1,0 +1,80 @@
+"""Reports joined in any order, any number of times, never run backwards."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transhume.farm.merge import merged
+from transhume.model.migration import DowntimeReport, Migration, MigrationReport, Phase, Progress
+from transhume.model.orders import MigrationUpdate
+
+RECORD = Migration(id="m1", vm="web", source="alpha", destination="beta", epoch=1)
+
+phases = st.sampled_from(list(Phase))
+progresses = st.builds(
+    Progress,
+    migration=st.just("m1"),
+    vm=st.just("web"),
+    phase=phases,
+    elapsed_s=st.floats(0, 100),
+    fraction=st.floats(0, 1),
+    iteration=st.integers(0, 9),
+    wire_bytes=st.integers(0, 1000),
+)
+reports = st.builds(
+    MigrationReport,
+    downtime=st.builds(DowntimeReport, stop_ms=st.floats(0, 9), load_ms=st.floats(0, 9)),
+    wire_bytes=st.integers(0, 1000),
+    total_ms=st.floats(0, 1000),
+)
+updates = st.builds(
+    MigrationUpdate,
+    migration=st.just("m1"),
+    host=st.sampled_from(["alpha", "beta"]),
+    phase=phases,
+    progress=st.none() | progresses,
+    report=st.none() | reports,
+)
+
+
+@given(st.lists(updates, max_size=8))
+def test_nothing_that_is_shown_falls(told: list[MigrationUpdate]) -> None:
+    record = RECORD
+    order = list(Phase)
+    for update in told:
+        after = merged(record, update)
+        assert order.index(after.phase) >= order.index(record.phase)
+        if record.progress is not None:
+            assert after.progress is not None
+            assert after.progress.fraction >= record.progress.fraction
+            assert after.progress.wire_bytes >= record.progress.wire_bytes
+            assert after.progress.elapsed_s >= record.progress.elapsed_s
+        assert after.report.wire_bytes >= record.report.wire_bytes
+        assert after.report.downtime.load_ms >= record.report.downtime.load_ms
+        record = after
+
+
+@given(st.lists(updates, max_size=8))
+def test_saying_it_twice_is_saying_it_once(told: list[MigrationUpdate]) -> None:
+    once = RECORD
+    for update in told:
+        once = merged(once, update)
+    twice = RECORD
+    for update in told:
+        twice = merged(merged(twice, update), update)
+    assert twice == once
+
+
+@given(updates, updates)
+def test_figures_do_not_depend_on_the_order(one: MigrationUpdate, other: MigrationUpdate) -> None:
+    forth, back = merged(merged(RECORD, one), other), merged(merged(RECORD, other), one)
+    assert forth.phase == back.phase
+    assert forth.report == back.report
+
+
+def test_only_the_end_says_done() -> None:
+    update = MigrationUpdate(migration="m1", host="beta", phase=Phase.DONE)
+    assert merged(RECORD, update).phase is Phase.RUNNING_AT_DESTINATION
+    aborted = MigrationUpdate(migration="m1", host="beta", phase=Phase.ABORTED)
+    assert merged(RECORD, aborted).phase is Phase.REQUESTED
