@@ -55,7 +55,7 @@ def run_demo(json_path: Path | None = None, console: Console | None = None) -> i
         console.print("stopped; the hosts, the VM and the wire are removed")
         return 130
     except TranshumeError as error:
-        console.print(f"the demo failed: {error.message}", style="bold red", highlight=False, markup=False)
+        console.print(f"the demo failed: {error.message}", style="bold red", markup=False, soft_wrap=True)
         return 1
     finally:
         if json_path is not None:
