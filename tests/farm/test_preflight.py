@@ -68,8 +68,9 @@ def test_a_vm_that_is_migrating_already() -> None:
 
 @pytest.mark.parametrize("kind", ["ram_obstacles", "device_obstacles"])
 def test_what_only_our_engine_cannot_do(kind: str) -> None:
-    told = {kind: ("RAM block pc.ram is not shared: start the VM with share=on for it",)}
-    assert at_source(**told) == told[kind]
+    sentences = ("RAM block pc.ram is not shared: start the VM with share=on for it",)
+    told: dict[str, Any] = {kind: sentences}
+    assert at_source(**told) == sentences
     assert at_source(QEMUS, **told) == ()
 
 
