@@ -51,7 +51,7 @@ CAUGHT_BY: dict[str, int] = {
     "SuccessorWritesOverTheJournal": 641,
     "NeverThinksThatTheStateWasSent": 143,
 }
-"""The first seed that catches each. When the plans change, others do, and then it takes longer to find one."""
+"""The first seed that catches each. When the plans change, others do, and finding one takes longer."""
 
 REGRESSION_SEEDS: tuple[int, ...] = (412, 656, 143, 330, 279, 70, 214, 91, 641)
 """Each of these catches a bug that the product's machines or movers once had."""

@@ -127,6 +127,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.SwapLost: Rule("_revoke_lost", (D.RESUMING, D.DESTROYING, D.DONE)),
             ev.SwapUnknown: Rule("_swap_unknown", ()),
             ev.SwapRefused: Rule("_swap_unknown", ()),
+            ev.PeerFinished: Rule("_commit_won", (D.RESUMING, D.DONE)),
             ev.Tick: Rule("_tick_revoking", ()),
             ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(

@@ -205,6 +205,8 @@ class SimSourceMover(SimMover):
                 return
 
     def _native_stops(self) -> None:
+        if self.machine.state is not SourceState.PRECOPY:
+            return  # its migration was cancelled before the VM was told to go on
         if not self.vm.lives:
             self.fail(ev.RunNative, 0.0, "QEMU does not run")
             return
