@@ -361,7 +361,8 @@ class DestinationMachine(Machine[DestinationState]):
         return self._give_up(event.code, event.message)
 
     def _give_up_qemu(self, event: ev.QemuDied, now_s: float) -> Sequence[Command]:
-        return self._give_up("vmm", f"the destination's QEMU died: {event.message}")
+        when = " while it loaded the device state" if self.state is D.LOADING else ""
+        return self._give_up("vmm", f"the destination's QEMU died{when}: {event.message}")
 
     def _give_up_cancel(self, _: ev.CancelRequested, now_s: float) -> Sequence[Command]:
         return self._give_up("cancelled", "cancelled")

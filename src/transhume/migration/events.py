@@ -138,7 +138,9 @@ class PassEnded(Event):
 
 @dataclass(frozen=True)
 class VmPaused(Event):
-    """No vCPU runs at the source any more."""
+    """No vCPU runs at the source any more; `since_s` is when they were told to stop, if that is known."""
+
+    since_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -376,16 +376,17 @@ class SourceMachine(Machine[SourceState]):
             return (ev.PauseVm(), ev.Publish())
         return (ev.SendPass(event.result.index + 1),)
 
-    def _native_paused(self, _: ev.VmPaused, now_s: float) -> Sequence[Command]:
+    def _native_paused(self, event: ev.VmPaused, now_s: float) -> Sequence[Command]:
         self.state = S.LAST_PAGES
-        self._pausing_s = now_s
+        self._pausing_s = now_s if event.since_s is None else event.since_s
         self._marks_s["paused"] = now_s
         self.switch_reason = "QEMU's engine found the rest small enough"
         return (ev.Publish(),)
 
-    def _paused(self, _: ev.VmPaused, now_s: float) -> Sequence[Command]:
+    def _paused(self, event: ev.VmPaused, now_s: float) -> Sequence[Command]:
         assert self._pausing_s is not None
         self.state = S.LAST_PAGES
+        self._pausing_s = self._pausing_s if event.since_s is None else event.since_s
         self._marks_s["paused"] = now_s
         self._downtime = self._downtime.model_copy(update={"stop_ms": (now_s - self._pausing_s) * 1000})
         return (ev.SendLastPages(),)

@@ -42,6 +42,7 @@ from transhume.model.migration import Engine, Outcome
 from transhume.model.orders import MigrationUpdate, Prepared
 from transhume.vmm.device_state import IncomingState, prepare_load
 from transhume.vmm.launch import launch
+from transhume.vmm.log import last_words
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeIncoming
 from transhume.vmm.paths import VmPaths
@@ -218,7 +219,8 @@ class DestinationDriver(Driver[DestinationState]):
 
     async def _watch(self, process: QemuProcess) -> None:
         await process.wait()
-        self.post(ev.QemuDied("its process ended"))
+        words = last_words(self._paths)
+        self.post(ev.QemuDied(f"its process ended; its last words: {words}"))
 
     async def _qemu(self) -> Monitor:
         if self._monitor is None:

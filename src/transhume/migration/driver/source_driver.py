@@ -38,6 +38,7 @@ from transhume.model.errors import HostLost, PeerProtocolError, TimedOut, Transh
 from transhume.model.migration import Engine, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
 from transhume.vmm.device_state import OutgoingState, prepare_save
+from transhume.vmm.log import last_words
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeOptions, NativeOutgoing
 from transhume.vmm.paths import VmPaths
@@ -202,7 +203,8 @@ class SourceDriver(Driver[SourceState]):
 
     async def _watch(self, process: QemuProcess) -> None:
         await process.wait()
-        self.post(ev.QemuDied("its process ended"))
+        words = last_words(self._paths)
+        self.post(ev.QemuDied(f"its process ended; its last words: {words}"))
 
     def _qemu(self) -> Monitor:
         if self._monitor is None:
@@ -310,10 +312,13 @@ class SourceDriver(Driver[SourceState]):
         self._loop.call_soon_threadsafe(self._progress.sent, pages, wire_bytes, now_s)
 
     async def _pause_vm(self, _: ev.PauseVm) -> Event:
-        """Stop the vCPUs, and let QEMU collect its device state while the last pages travel."""
+        """Let QEMU set its part up while the VM still runs; stop the vCPUs; let QEMU write its devices."""
         assert self._outgoing is not None
-        await asyncio.gather(self._qemu().stop(), self._outgoing.start())
-        return ev.VmPaused()
+        await self._outgoing.start()
+        stopping_s = time.monotonic()
+        await self._qemu().stop()
+        self._outgoing.release()
+        return ev.VmPaused(stopping_s)
 
     async def _send_last_pages(self, _: ev.SendLastPages) -> Event:
         began_s = time.monotonic()
@@ -396,8 +401,7 @@ class SourceDriver(Driver[SourceState]):
         )
         self._native = await NativeOutgoing.begin(self._qemu(), channel.fileno(), options)
         began_s = time.monotonic()
-        await self._native.wait_stopped()
-        self.post(ev.VmPaused())
+        self.post(ev.VmPaused(await self._native.wait_stopped()))
         native = await self._native.finish()
         self._progress.native(native.transferred_bytes, 0, 0.0, native.iteration, None, time.monotonic())
         return ev.LastPagesSent(
