@@ -21,39 +21,39 @@ SEEDS = 3000
 SEEDS_TO_FIND_A_BUG = 3000
 
 CAUGHT_BY: dict[str, int] = {
-    "ResumesWithoutAsking": 3,
-    "TakesNoAnswerForAnAbort": 109,
-    "TakesALostAbortForAWonOne": 3,
-    "CancelsBeforeItKnowsThatItIsASuccessor": 412,
-    "ResumesWhenItCannotBegin": 656,
-    "TakesARetiredVmForALostOne": 143,
+    "ResumesWithoutAsking": 0,
+    "TakesNoAnswerForAnAbort": 151,
+    "TakesALostAbortForAWonOne": 0,
+    "CancelsBeforeItKnowsThatItIsASuccessor": 333,
+    "ResumesWhenItCannotBegin": 607,
+    "TakesARetiredVmForALostOne": 978,
     "DoesNotPause": 1,
     "SendsTheStateBeforeTheLastPages": 1,
     "RetiresWhenTheStateIsSent": 1,
-    "NeverAsksAgain": 13,
+    "NeverAsksAgain": 151,
     "WaitsForTheCommitForEver": 70,
-    "WaitsForWordOfTheResumeForEver": 625,
+    "WaitsForWordOfTheResumeForEver": 615,
     "TakesALinkThatBreaksForALostVm": 12,
     "ResumesBeforeItsSwap": 0,
     "DoesNotKnowItsOwnEarlierCommit": 0,
-    "BelievesARefusalAfterAnUnansweredCommit": 0,
-    "SkipsTheRevoke": 83,
-    "GivesUpAmidItsCommit": 3,
-    "DoesNotUnderstandTheFarewell": 91,
-    "DestroysBeforeItKnowsThatItIsASuccessor": 330,
-    "DestroysWhenItCannotBegin": 279,
+    "BelievesARefusalAfterAnUnansweredCommit": 1021,
+    "SkipsTheRevoke": 56,
+    "GivesUpAmidItsCommit": 151,
+    "DoesNotUnderstandTheFarewell": 368,
+    "DestroysBeforeItKnowsThatItIsASuccessor": 40,
+    "DestroysWhenItCannotBegin": 27,
     "CommitsWithoutLoading": 0,
-    "NeverCommitsAgain": 3,
-    "WaitsForTheSourceForEver": 5,
-    "WaitsForASilentSourceForEver": 13,
-    "LeavesItsVmBehind": 5,
-    "DoesNotMissItsQemu": 214,
-    "SuccessorWritesOverTheJournal": 641,
-    "NeverThinksThatTheStateWasSent": 143,
+    "NeverCommitsAgain": 0,
+    "WaitsForTheSourceForEver": 11,
+    "WaitsForASilentSourceForEver": 48,
+    "LeavesItsVmBehind": 7,
+    "DoesNotMissItsQemu": 187,
+    "SuccessorWritesOverTheJournal": 72,
+    "NeverThinksThatTheStateWasSent": 56,
 }
 """The first seed that catches each. When the plans change, others do, and finding one takes longer."""
 
-REGRESSION_SEEDS: tuple[int, ...] = (412, 656, 143, 330, 279, 70, 214, 91, 641)
+REGRESSION_SEEDS: tuple[int, ...] = (333, 607, 978, 40, 27, 70, 187, 368, 72)
 """Each of these catches a bug that the product's machines or movers once had."""
 
 

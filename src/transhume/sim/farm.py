@@ -158,8 +158,8 @@ class SimFarm:
         """A connection is tried: it is made, refused, or never answered."""
         destination = self._movers[Side.DESTINATION]
         assert isinstance(destination, SimDestinationMover)
-        if self._world.deaf[Side.DESTINATION]:
-            return
+        if any(self._world.deaf.values()):
+            return  # TCP's own greeting needs both ways
         if not destination.accepts:
             source.fail(ev.ConnectPeer, 0.01, "the destination does not listen")
             return

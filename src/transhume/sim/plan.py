@@ -94,7 +94,8 @@ SUCCESSOR = "successor"
 _STATES: dict[Side, tuple[str, ...]] = {
     Side.SOURCE: (
         *(state.value for state in SourceState),
-        *(SourceState.STATE, SourceState.AWAITING_COMMIT, SourceState.AWAITING_COMMIT, SourceState.RESOLVING),
+        *(SourceState.STATE, SourceState.AWAITING_COMMIT, SourceState.AWAITING_COMMIT),
+        *(SourceState.RESOLVING, SourceState.RETIRING, SourceState.RETIRING),
     ),
     Side.DESTINATION: (
         *(state.value for state in DestinationState),
@@ -105,7 +106,7 @@ _STATES: dict[Side, tuple[str, ...]] = {
 """Around the commit more is at stake, so faults come more often there."""
 
 _SIDES = tuple(Side)
-_KINDS = tuple(FaultKind)
+_KINDS = (*FaultKind, FaultKind.KILL_MOVER, FaultKind.KILL_MOVER)
 _SCALES_S = (0.001, 0.05, 0.5, 4.0)
 """How long after a state faults come: on the scales of a frame, a command, a pass, a limit."""
 

@@ -174,6 +174,9 @@ class SimSourceMover(SimMover):
             return
         elif self.fails(ev.SendState):
             return
+        elif self.world.rng.random() < 0.3:
+            # A device wrote guest memory while it saved its state: those pages go before the end mark.
+            self.send(Word.LAST_PAGES, self.vm.still_content)
         self.send(Word.STATE, self.vm.still_content)
         self.work(0.001, self.tell, ev.StateSent(STATE_BYTES))
 
