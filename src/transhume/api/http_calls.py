@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from transhume.api.http_connection import HttpConnection, Target
 from transhume.api.problem import from_problem
-from transhume.model.errors import PeerProtocolError
+from transhume.model.errors import PeerProtocolError, Refused
+from transhume.model.vm import NAME_PATTERN
 
 Answer = TypeVar("Answer")
 
@@ -21,8 +23,10 @@ MAX_IDLE_CONNECTIONS = 4
 
 
 def part(name: str) -> str:
-    """A name as one part of a path, whatever somebody typed."""
-    return quote(name, safe="")
+    """A name of a host or VM, or an id, as a part of a path. `Refused` for what is none."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise Refused(f"{name!r} is not a name; names have small letters, digits and dashes between them")
+    return name
 
 
 class HttpCalls:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -176,7 +177,8 @@ def _last_line(config: HostConfig) -> str:
         lines = (config.state_dir / "daemon.log").read_text(errors="replace").strip().splitlines()
     except OSError:
         return "without a word"
-    return lines[-1] if lines else "without a word"
+    # Of `2026-01-31 12:00:00,000 ERROR transhume.daemon: words` only the words.
+    return re.sub(r"^\S+ \S+ [A-Z]+ [\w.]+: ", "", lines[-1]) if lines else "without a word"
 
 
 async def wait_until_member(config: HostConfig) -> None:

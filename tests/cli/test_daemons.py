@@ -1,0 +1,79 @@
+"""Real daemons, set up, started, joined and stopped by the command. Needs root and QEMU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.api.daemons import ADDRESS, free_port
+from tests.cli.command import transhume
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="a daemon needs root"),
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="a daemon needs QEMU"),
+]
+
+
+@pytest.fixture
+async def folder() -> AsyncIterator[Path]:
+    """A folder for state folders; every daemon that was set up in it is stopped at the end."""
+    made = Path(tempfile.mkdtemp(prefix="th-", dir="/tmp"))
+    yield made
+    for state_dir in made.iterdir():
+        if (state_dir / "host.json").exists():
+            await transhume(state_dir, "down")
+    shutil.rmtree(made)
+
+
+def up_words(name: str, port: int) -> tuple[str, ...]:
+    return ("up", "--name", name, "--address", ADDRESS, "--port", str(port), "--json")
+
+
+async def test_two_hosts_are_set_up_started_stopped_and_started_again(folder: Path) -> None:
+    alpha, beta, port = folder / "a", folder / "b", free_port()
+    up = await transhume(alpha, *up_words("alpha", port))
+    assert up.code == 0, up
+    assert stat.S_IMODE((alpha / "host.json").stat().st_mode) == 0o600
+    words = up.json["join_command"].split()
+    assert words[:3] == ["transhume", "join", f"{ADDRESS}:{port}"]
+    own = ("--name", "beta", "--address", ADDRESS, "--port", str(free_port()))
+    joined = await transhume(beta, *words[1:], *own)
+    assert joined.code == 0, joined
+    hosts = await transhume(beta, "hosts", "--json")
+    assert [(host["name"], host["silent"]) for host in hosts.json] == [("alpha", False), ("beta", False)]
+    down = await transhume(alpha, "down")
+    assert down.out == "the daemon of host alpha has stopped; its VMs go on\n"
+    lost = await transhume(beta, "hosts")
+    assert lost.code == 5
+    assert f"the controller at {ADDRESS}:{port} does not answer" in lost.err
+    again = await transhume(alpha, "up", "--json")
+    assert again.code == 0, again
+    assert again.json["name"] == "alpha"
+    assert (await transhume(alpha, "up", "--name", "gamma")).code == 2
+
+
+async def test_a_set_up_that_fails_leaves_nothing(folder: Path) -> None:
+    alpha, port = folder / "a", free_port()
+    assert (await transhume(alpha, *up_words("alpha", port))).code == 0
+    taken = await transhume(folder / "b", *up_words("beta", port))
+    assert taken.code == 2
+    assert taken.json["message"].startswith("the daemon ended at once: cannot listen at 127.0.0.1")
+    own = ("--name", "beta", "--address", ADDRESS, "--port", str(free_port()))
+    wrong = await transhume(folder / "b", "join", f"{ADDRESS}:{port}", "--token", "wrong", *own)
+    assert wrong.code == 2
+    assert "the token is wrong" in wrong.err
+    nobody = await transhume(folder / "b", "join", f"{ADDRESS}:{free_port()}", "--token", "x", *own)
+    assert nobody.code == 5
+    token = (await transhume(alpha, "token", "--json")).json["token"]
+    clash = ("--name", "beta", "--address", ADDRESS, "--port", str(port))
+    busy = await transhume(folder / "b", "join", f"{ADDRESS}:{port}", "--token", token, *clash)
+    assert busy.code == 2
+    assert "is another daemon running" in busy.err
+    assert not (folder / "b").exists()
+    hosts = await transhume(alpha, "hosts", "--json")
+    assert [host["name"] for host in hosts.json] == ["alpha"]
