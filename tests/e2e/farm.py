@@ -228,12 +228,13 @@ class Farm:
 
     def traces(self) -> str:
         """What the movers that are still there left in their folders, for the reader of a failed test."""
-        found = []
-        for host in self.lab.hosts:
-            for path in sorted((host.state_dir / "migrations").glob("*/*")):
-                if path.suffix in (".jsonl", ".log"):
-                    found.append(f"{host.name} {path.parent.name}/{path.name}: {path.read_text()[-1500:]}")
-        return "\n".join(found)
+        files = [
+            path
+            for host in self.lab.hosts
+            for path in sorted((host.state_dir / "migrations").glob("*/*"))
+            if path.suffix in (".jsonl", ".log")
+        ]
+        return "\n".join(f"{path}: {path.read_text()[-1500:]}" for path in files)
 
     async def _no_movers(self, migration: str) -> bool:
         return not any(

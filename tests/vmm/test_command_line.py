@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from transhume.model.errors import Refused
 from transhume.model.vm import Accel, Disk, Display, VmSpec
-from transhume.vmm.command_line import DISKS_MAX, build_command, ram_blocks
+from transhume.vmm.command_line import DISKS_MAX, TCG_TRIM_BYTES, build_command, ram_blocks
 from transhume.vmm.paths import VmPaths
 
 HERE, THERE = VmPaths(Path("/here/vms/a")), VmPaths(Path("/there/vms/a"))
@@ -58,8 +58,9 @@ def test_qemu_gets_no_more_than_it_needs() -> None:
 def test_ram_is_a_shared_file_that_qemu_inherits() -> None:
     command = build_command(spec(), HERE, [5], incoming=False)
     assert values(command, "-object") == [
-        "memory-backend-file,id=ram0,size=67108864,share=on,mem-path=/proc/self/fd/5"
+        f"memory-backend-file,id=ram0,size={(64 << 20) - TCG_TRIM_BYTES},share=on,mem-path=/proc/self/fd/5"
     ]
+    assert values(command, "-m") == [f"size={((64 << 20) - TCG_TRIM_BYTES) >> 10}K"]
     assert values(command, "-machine")[0].endswith(",memory-backend=ram0")
     assert values(command, "-numa") == []
 
@@ -74,11 +75,13 @@ def test_each_numa_node_has_a_block_and_its_share_of_the_cpus() -> None:
     assert "memory-backend=" not in values(command, "-machine")[0]
 
 
-@given(mib=st.integers(16, 1 << 20), nodes=st.integers(1, 8))
-def test_blocks_are_even_and_whole(mib: int, nodes: int) -> None:
-    blocks = ram_blocks(spec(memory_bytes=mib << 20, numa_nodes=nodes))
+@given(mib=st.integers(16, 1 << 20), nodes=st.integers(1, 8), accel=st.sampled_from([Accel.KVM, Accel.TCG]))
+def test_blocks_are_even_and_whole(mib: int, nodes: int, accel: Accel) -> None:
+    blocks = ram_blocks(spec(memory_bytes=mib << 20, numa_nodes=nodes, accel=accel))
     sizes = [block.size_bytes for block in blocks]
-    assert sum(sizes) == mib << 20
+    trim_bytes = TCG_TRIM_BYTES if accel is Accel.TCG else 0
+    assert sum(sizes) + nodes * trim_bytes == mib << 20
+    assert all(size % (256 << 10) for size in sizes) or accel is Accel.KVM
     assert max(sizes) - min(sizes) in (0, 1 << 20)
     assert [block.index for block in blocks] == list(range(nodes))
     assert len({block.name for block in blocks}) == nodes

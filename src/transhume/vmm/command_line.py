@@ -18,6 +18,14 @@ from transhume.vmm.paths import VmPaths
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 
+TCG_TRIM_BYTES = 8192
+"""Under TCG, QEMU's own migration engine loses pages of RAM blocks whose size is a multiple of 256 KiB.
+
+Up to 8.2 its fast way of reading the dirty bitmap forgets to tell TCG that the pages are clean again, so
+later writes go unnoticed (mended in 9.0, "physmem: Fix migration dirty bitmap coherency with TCG memory
+access"). A block of another size takes the slow way, which is right. See docs/decisions/0009.
+"""
+
 VGA_MEMORY_MIB = 8
 """The frame buffer's size. It travels with the device state, so more of it would lengthen the downtime."""
 
@@ -37,10 +45,14 @@ _UUID_SPACE = uuid.UUID("6d0c1a1e-53bb-4d8a-9d0a-3f0f4a1c7f7e")
 
 
 def ram_blocks(spec: VmSpec) -> tuple[RamBlock, ...]:
-    """The RAM blocks of a VM: `numa_nodes` of them, in whole MiB; the first may be one larger."""
+    """The RAM blocks of a VM whose accelerator is known: `numa_nodes` of them.
+
+    They have whole MiB (the first ones may have one more), less `TCG_TRIM_BYTES` under TCG.
+    """
     mib, odd = divmod(spec.memory_bytes >> 20, spec.numa_nodes)
+    trim_bytes = TCG_TRIM_BYTES if spec.accel is Accel.TCG else 0
     return tuple(
-        RamBlock(index=index, name=f"ram{index}", size_bytes=(mib + (index < odd)) << 20)
+        RamBlock(index=index, name=f"ram{index}", size_bytes=((mib + (index < odd)) << 20) - trim_bytes)
         for index in range(spec.numa_nodes)
     )
 
@@ -108,7 +120,7 @@ def _machine(spec: VmSpec) -> list[str]:
 
 def _memory(spec: VmSpec, blocks: Sequence[RamBlock], ram_fds: Sequence[int]) -> list[str]:
     """RAM in files, not in QEMU's own memfd backend: newer QEMUs leave only files out of their stream."""
-    arguments = ["-m", f"size={spec.memory_bytes >> 20}M"]
+    arguments = ["-m", f"size={sum(block.size_bytes for block in blocks) >> 10}K"]
     for block, fd in zip(blocks, ram_fds, strict=True):
         backend = f"memory-backend-file,id={block.name},size={block.size_bytes},share=on"
         arguments += ["-object", f"{backend},mem-path=/proc/self/fd/{fd}"]

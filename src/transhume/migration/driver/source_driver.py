@@ -37,6 +37,7 @@ from transhume.migration.transfer.sender import PageSender, SentPages
 from transhume.model.errors import HostLost, PeerProtocolError, TimedOut, TranshumeError, VmmError
 from transhume.model.migration import Engine, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
+from transhume.model.vm import Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.log import last_words
 from transhume.vmm.monitor import Monitor
@@ -312,11 +313,20 @@ class SourceDriver(Driver[SourceState]):
         self._loop.call_soon_threadsafe(self._progress.sent, pages, wire_bytes, now_s)
 
     async def _pause_vm(self, _: ev.PauseVm) -> Event:
-        """Let QEMU set its part up while the VM still runs; stop the vCPUs; let QEMU write its devices."""
+        """Let QEMU set its part up while the VM still runs; stop the vCPUs; let QEMU write its devices.
+
+        A TCG guest with a frame buffer is stopped first: QEMU would track the frame buffer's changes
+        meanwhile, and before 9.0 it loses some under TCG (see `vmm.command_line.TCG_TRIM_BYTES`).
+        """
         assert self._outgoing is not None
-        await self._outgoing.start()
+        spec = self.job.spec
+        stop_first = spec.accel is Accel.TCG and spec.display is not Display.NONE
+        if not stop_first:
+            await self._outgoing.start()
         stopping_s = time.monotonic()
         await self._qemu().stop()
+        if stop_first:
+            await self._outgoing.start()
         self._outgoing.release()
         return ev.VmPaused(stopping_s)
 
