@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.migration.events import PassResult
@@ -271,6 +271,7 @@ def passes_until_the_end(
             return len(done), choice
 
 
+@settings(deadline=None)
 @given(DIRTY_SETS, OPTIONS, st.floats(0, 2), st.floats(0.001, 5))
 def test_the_number_of_passes_is_bounded_whatever_the_guest_does(
     dirty_sets: list[int], options: MigrationOptions, cost_s: float, pass_s: float
@@ -280,6 +281,7 @@ def test_the_number_of_passes_is_bounded_whatever_the_guest_does(
     assert count <= options.max_iterations
 
 
+@settings(deadline=None)
 @given(st.integers(1, RAM_PAGES), st.floats(0.01, 5))
 def test_a_guest_that_dirties_the_same_amount_for_ever_is_switched_after_a_stall(
     dirty_pages: int, pass_s: float
@@ -290,6 +292,7 @@ def test_a_guest_that_dirties_the_same_amount_for_ever_is_switched_after_a_stall
     assert count <= 2 + STALL_PASSES
 
 
+@settings(deadline=None)
 @given(DIRTY_SETS, st.floats(0, 2), st.floats(0.05, 5))
 def test_a_hard_promise_ends_at_the_deadline(dirty_sets: list[int], cost_s: float, pass_s: float) -> None:
     options = MigrationOptions(on_deadline=OnDeadline.ABORT, deadline_s=10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.migration.events import PassResult
@@ -103,6 +103,7 @@ def test_the_bar_is_full_only_when_the_vm_runs_there() -> None:
     assert look(progress, 103.0, Phase.DONE).fraction == 1.0
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.one_of(
