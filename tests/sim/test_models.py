@@ -94,8 +94,9 @@ class Ends:
 
 def test_a_stream_keeps_its_order_whatever_the_delays() -> None:
     ends = Ends()
+    ends.link.slow_down(5.0)
     for number in range(50):
-        ends.link.send(Side.DESTINATION, Message(Word.PASS_END, number))
+        ends.schedule.after(number * 0.0137, ends.link.send, Side.DESTINATION, Message(Word.PASS_END, number))
     ends.settle()
     assert [message.number for message in ends.heard[Side.DESTINATION]] == list(range(50))
 

@@ -69,7 +69,7 @@ class SimLink:
         delay_s = self._latency_s * self._rng.uniform(0.5, 2.0) + self._slowness_s * self._rng.random()
         due_s = max(self._schedule.now_s + delay_s, self._arrived_s[to])
         self._arrived_s[to] = due_s
-        self._schedule.after(due_s - self._schedule.now_s, self._arrive, to, message, self._cuts)
+        self._schedule.at(due_s, self._arrive, to, message, self._cuts)
 
     def _arrive(self, to: Side, message: Message, cuts: int) -> None:
         if cuts == self._cuts and not self._lost_from[to]:

@@ -17,8 +17,12 @@ class Schedule:
 
     def after(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> None:
         """Do something `delay_s` from now."""
+        self.at(self.now_s + delay_s, call, *arguments)
+
+    def at(self, due_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        """Do something at a moment: exactly then, which a sum of delays is not."""
         self._count += 1
-        heapq.heappush(self._heap, (self.now_s + delay_s, self._count, call, arguments))
+        heapq.heappush(self._heap, (due_s, self._count, call, arguments))
 
     def step(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""

@@ -55,7 +55,7 @@ class SimVm:
         """Queue a command at QEMU's monitor; it takes effect after `delay_s`, and after earlier ones."""
         due_s = max(self._schedule.now_s + delay_s, self._free_s + MONITOR_PAUSE_S)
         self._free_s = due_s
-        self._schedule.after(due_s - self._schedule.now_s, effect)
+        self._schedule.at(due_s, effect)
 
     def change(self, status: VmStatus) -> None:
         """Set the status, and tell whoever watches."""
