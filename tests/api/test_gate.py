@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -31,6 +32,17 @@ async def test_over_tcp_a_member_proves_itself() -> None:
             async with d.far(d.alpha_config, bearer) as client:
                 with pytest.raises(Unauthorized):
                     await client.hosts()
+
+
+async def test_a_console_needs_the_same_proof() -> None:
+    async with two_daemons() as d, d.far(d.alpha_config, "beta:wrong") as client:
+
+        async def nothing() -> AsyncIterator[bytes]:
+            yield b""
+
+        with pytest.raises(Unauthorized):
+            await anext(client.console("web", nothing()))
+        assert "console" not in d.alpha.calls
 
 
 async def test_a_member_obeys_the_controller_and_nobody_else() -> None:

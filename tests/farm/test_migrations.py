@@ -220,6 +220,9 @@ async def test_cancel_under_way_is_the_sources_business() -> None:
         f.hosts["alpha"].failures["cancel"] = HostLost("no answer")
         with pytest.raises(HostLost, match="unknown until it does"):
             await f.controller.migrations.cancel(migration.id)
+        await f.commit(migration)
+        there = CancelReply(accepted=False, runs_at="destination host beta")
+        assert await f.controller.migrations.cancel(migration.id) == there
 
 
 async def test_cancel_of_what_the_source_does_not_know_ends_it() -> None:

@@ -111,8 +111,9 @@ class FarmClient:
         body = {"to": to, "options": options.model_dump(mode="json")}
         return await self._calls.ask("POST", f"/v1/vms/{part(vm)}/dry-run", DryRun, body, timeout_s=90.0)
 
-    async def migrations(self) -> list[Migration]:
-        return await self._calls.ask("GET", "/v1/migrations", _MIGRATIONS)
+    async def migrations(self, limit: int = 100) -> list[Migration]:
+        """The latest ones, the oldest of those first."""
+        return await self._calls.ask("GET", "/v1/migrations", _MIGRATIONS, params={"limit": limit})
 
     async def migration(self, migration: str) -> Migration:
         return await self._calls.ask("GET", f"/v1/migrations/{part(migration)}", Migration)

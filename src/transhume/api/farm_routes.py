@@ -124,8 +124,9 @@ def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
         return await migrations.dry_run(name, body.to, body.options)
 
     @router.get("/migrations")
-    async def list_migrations() -> list[Migration]:
-        return await migrations.list()
+    async def list_migrations(limit: Annotated[int, Query(ge=1, le=500)] = 100) -> list[Migration]:
+        """The latest ones, the oldest of those first."""
+        return await migrations.list(limit)
 
     @router.get("/migrations/{migration}")
     async def show_migration(migration: MigrationId) -> Migration:

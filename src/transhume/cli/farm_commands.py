@@ -56,8 +56,12 @@ def up(
     if pid is None:
         try:
             pid = daemon_process.start(config)
+            if config.carries_controller:
+                # A member comes up without its controller too; here the next command needs the heartbeat.
+                asyncio.run(daemon_process.wait_until_member(config))
         except BaseException:
             if known is None:
+                daemon_process.stop(config)
                 daemon_process.remove_config(config.state_dir, folder_was_made)
             raise
     invitation = current.call(lambda client: client.invite()) if config.carries_controller else None

@@ -130,10 +130,16 @@ def cancel(
         raise typer.Exit(Refused.exit_code)
 
 
-def migrations(context: typer.Context, as_json: JsonFlag = False) -> None:
+def migrations(
+    context: typer.Context,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, max=500, help="Only the latest so many.")
+    ] = 100,
+    as_json: JsonFlag = False,
+) -> None:
     """List the migrations, past and under way."""
     current = session(context, as_json)
-    found: list[Migration] = current.call(lambda client: client.migrations())
+    found: list[Migration] = current.call(lambda client: client.migrations(limit))
     if current.as_json:
         say_json(list(found))
     else:

@@ -76,6 +76,11 @@ class Endings:
                 self._note_states(ended)
                 return ended
 
+    async def committed(self, record: Migration) -> bool:
+        """Whether the register gives the VM to the destination."""
+        owner = await self._records.ownership(record.vm)
+        return owner is not None and _is_commit(record, owner.record)
+
     async def check(self, record: Migration, claim: Claim) -> None:
         """Raise `Conflict` when `end` would, and change nothing."""
         owner = await self._records.ownership(record.vm)
@@ -135,9 +140,13 @@ def at_destination(record: Migration) -> str:
     return f"destination host {record.destination}"
 
 
+def _is_commit(record: Migration, held: Ownership) -> bool:
+    return held == Ownership(owner=record.destination, epoch=record.epoch + 1)
+
+
 def _demand_possible(record: Migration, claim: Claim, held: Ownership) -> bool:
     """Whether the register holds the commit. Raises `Conflict` for a completion claimed without one."""
-    committed = held == Ownership(owner=record.destination, epoch=record.epoch + 1)
+    committed = _is_commit(record, held)
     if claim.outcome is Outcome.COMPLETED and not committed:
         raise Conflict(
             f"migration {record.id} is reported as completed, but the register gives VM {record.vm} to "

@@ -136,11 +136,11 @@ class Migrations:
             raise NotFound(f"there is no migration {migration}; `transhume migrations` lists them")
         return kept.record
 
-    async def list(self) -> list[Migration]:
-        """All of them, the oldest first."""
+    async def list(self, limit: int = 100) -> list[Migration]:
+        """The latest `limit` of them, the oldest of those first."""
         kept = await self._records.migrations()
         records = [self._live.get(entry.record.id, entry.record) for entry in kept]
-        return sorted(records, key=lambda record: (record.created_at_s, record.id))
+        return sorted(records, key=lambda record: (record.created_at_s, record.id))[-limit:]
 
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """The events of one migration with a number over `after`, ending with the one that ended it.
@@ -204,6 +204,8 @@ class Migrations:
         except NotFound:
             return await self._cancel_here(record)
         except HostLost as error:
+            if await self._endings.committed(record):
+                return CancelReply(accepted=False, runs_at=at_destination(record))
             raise HostLost(
                 f"host {record.source} does not answer ({error.message}); where VM {record.vm} runs is "
                 "unknown until it does"
