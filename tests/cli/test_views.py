@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
@@ -55,6 +55,7 @@ def test_the_line_says_everything_when_there_is_room() -> None:
     )
 
 
+@settings(deadline=None)
 @given(width=st.integers(1, 400), fraction=st.floats(0, 1), phase=st.sampled_from(list(Phase)))
 def test_the_line_is_one_line_that_fits(width: int, fraction: float, phase: Phase) -> None:
     record = RECORD.model_copy(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.farm.merge import merged
@@ -38,6 +38,7 @@ updates = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(updates, max_size=8))
 def test_nothing_that_is_shown_falls(told: list[MigrationUpdate]) -> None:
     record = RECORD
@@ -55,6 +56,7 @@ def test_nothing_that_is_shown_falls(told: list[MigrationUpdate]) -> None:
         record = after
 
 
+@settings(deadline=None)
 @given(st.lists(updates, max_size=8))
 def test_saying_it_twice_is_saying_it_once(told: list[MigrationUpdate]) -> None:
     once = RECORD
@@ -66,6 +68,7 @@ def test_saying_it_twice_is_saying_it_once(told: list[MigrationUpdate]) -> None:
     assert twice == once
 
 
+@settings(deadline=None)
 @given(updates, updates)
 def test_figures_do_not_depend_on_the_order(one: MigrationUpdate, other: MigrationUpdate) -> None:
     forth, back = merged(merged(RECORD, one), other), merged(merged(RECORD, other), one)

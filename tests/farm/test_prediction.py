@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transhume.farm.prediction import (
@@ -81,6 +81,7 @@ def test_the_operators_limit_is_the_rate() -> None:
     assert "the limit of 50 MB/s" in found.verdict
 
 
+@settings(deadline=None)
 @given(
     dirty=st.integers(0, 1 << 40),
     populated=st.integers(0, 1 << 40),

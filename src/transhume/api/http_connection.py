@@ -71,10 +71,7 @@ class Requests:
         await writer.drain()
 
     async def read_head(self, reader: asyncio.StreamReader) -> Head:
-        try:
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        except asyncio.LimitOverrunError as error:
-            raise PeerProtocolError(f"{self.peer} sent a head of over {MAX_HEAD_BYTES} bytes") from error
+        lines = (await self._read_until(reader, b"\r\n\r\n")).split("\r\n")
         version, _, rest = lines[0].partition(" ")
         status = rest[:3]
         if not version.startswith("HTTP/1.") or not (status.isdigit() and len(status) == 3):
@@ -93,7 +90,7 @@ class Requests:
             while (length := await self._chunk_length(reader)) > 0:
                 yield await reader.readexactly(length)
                 await reader.readexactly(2)
-            await reader.readuntil(b"\r\n")
+            await self._read_until(reader, b"\r\n")
             return
         left = self._length(head.headers.get("content-length", ""), 10)
         while left > 0:
@@ -104,8 +101,14 @@ class Requests:
             yield piece
 
     async def _chunk_length(self, reader: asyncio.StreamReader) -> int:
-        line = (await reader.readuntil(b"\r\n")).decode("latin-1")
+        line = await self._read_until(reader, b"\r\n")
         return self._length(line.partition(";")[0].strip(), 16)
+
+    async def _read_until(self, reader: asyncio.StreamReader, end: bytes) -> str:
+        try:
+            return (await reader.readuntil(end)).decode("latin-1")
+        except asyncio.LimitOverrunError as error:
+            raise PeerProtocolError(f"{self.peer} sent a line of over {MAX_HEAD_BYTES} bytes") from error
 
     def _length(self, text: str, base: int) -> int:
         try:
