@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from transhume.api.controller_client import ControllerClient
@@ -46,7 +47,8 @@ def main() -> int:
     lock = folder.try_lock()
     if lock is None:
         return ANOTHER_LIVES
-    folder.pid_file.write_text(f"{os.getpid()}\n")
+    with suppress(OSError):  # it is for people: a full disk must not keep a successor from its work
+        folder.pid_file.write_text(f"{os.getpid()}\n")
     asyncio.run(_move(folder))
     return 0
 

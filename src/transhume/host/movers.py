@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ POLL_S = 0.02
 RELAY_RETRY_S = 1.0
 SUCCESSOR_PAUSE_S = 0.5
 CANCEL_LIMIT_S = 60.0
+
+log = logging.getLogger(__name__)
 
 
 class Mover:
@@ -143,7 +146,11 @@ class Movers:
         folder = MoverFolder.of(self._migrations_dir, job.migration.id, job.role)
         if folder.path.name in self._movers:
             raise Conflict(f"migration {job.migration.id} is already under way on this host")
-        folder.write_job(job)
+        try:
+            folder.write_job(job)
+        except OSError as error:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise VmmError(f"the mover's folder {folder.path} cannot be written: {error.strerror}") from None
         mover = Mover(folder, job)
         self._spawn(mover)
         self._follow(mover)
@@ -155,8 +162,8 @@ class Movers:
         if process is not None and process.poll() is None and _assign(process, mover.folder):
             mover.process = process
         else:
-            with mover.folder.log_file.open("ab") as log:
-                mover.process = _python_mover(str(mover.folder.path), subprocess.DEVNULL, log)
+            with mover.folder.log_file.open("ab") as words:
+                mover.process = _python_mover(str(mover.folder.path), subprocess.DEVNULL, words)
 
     def stand_by(self) -> None:
         """Have a mover ready for the next migration, so that it need not wait for Python to start.
@@ -265,7 +272,7 @@ class Movers:
         except (HostLost, StoreError):
             return False
         except TranshumeError as error:
-            print(f"the controller refused a report on {update.migration}: {error.message}", file=sys.stderr)  # noqa: T201
+            log.warning("the controller refused a report on %s: %s", update.migration, error.message)
         return True
 
     def _never_began(self, mover: Mover) -> MigrationUpdate:
@@ -294,12 +301,12 @@ async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = Non
     await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _python_mover(argument: str, stdin: int, log: IO[bytes] | int) -> subprocess.Popen[bytes]:
+def _python_mover(argument: str, stdin: int, words: IO[bytes] | int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "transhume.mover", argument],
         stdin=stdin,
-        stdout=log,
-        stderr=log,
+        stdout=words,
+        stderr=words,
         cwd="/",
         start_new_session=True,
     )

@@ -26,14 +26,17 @@ class SwitchoverCost:
         return self._read().get(_kind(spec), FIRST_GUESS_S)
 
     def learn(self, spec: VmSpec, downtime: DowntimeReport) -> None:
-        """Take a finished migration into account."""
+        """Take a finished migration into account, if the disk has room for it."""
         if downtime.total_ms <= 0:
             return
         measured_s = max(0.0, downtime.total_ms - downtime.last_pages_ms - downtime.verify_ms) / 1000
         average_s = (1 - WEIGHT_OF_LATEST) * self.expected_s(spec) + WEIGHT_OF_LATEST * measured_s
         draft = self._path.with_suffix(".draft")
-        draft.write_text(json.dumps({**self._read(), _kind(spec): average_s}))
-        draft.rename(self._path)
+        try:
+            draft.write_text(json.dumps({**self._read(), _kind(spec): average_s}))
+            draft.rename(self._path)
+        except OSError:
+            draft.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, float]:
         try:

@@ -70,7 +70,7 @@ class ControlServer:
             for line in list(self._latest.values()):
                 writer.write(line)
             while line := await reader.readline():
-                if json.loads(line).get("command") == "cancel" and self.cancel is not None:
+                if _command(line) == "cancel" and self.cancel is not None:
                     reply = await self.cancel()
                     writer.write(json.dumps({"cancelled": reply.model_dump(mode="json")}).encode() + b"\n")
         except (OSError, ValueError):
@@ -78,3 +78,14 @@ class ControlServer:
         finally:
             self._writers.remove(writer)
             writer.close()
+
+
+def _command(line: bytes) -> object:
+    """What a line asks for. Raises `ValueError` when it is no JSON object."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("brackets without end") from None
+    if not isinstance(message, dict):
+        raise ValueError("no object")
+    return message.get("command")

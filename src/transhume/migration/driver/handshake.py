@@ -93,11 +93,20 @@ def _examine(channel: FrameChannel, identity: Identity) -> Role:
     if hello.migration != identity.migration:
         raise Unauthorized(f"{channel.peer} came for migration {hello.migration}, not {identity.migration}.")
     wire.check_proof(hello.proof, identity.key, End.SOURCE, nonce, identity.migration, hello.role)
-    wire.check_ram_blocks(hello.ram_blocks, identity.ram_blocks)
+    _demand_same_ram(channel, hello, identity)
     channel.decoder.block_pages = identity.block_pages
     proof = wire.prove(identity.key, End.DESTINATION, hello.nonce, identity.migration, hello.role)
     channel.send(Welcome(proof=proof, destination=identity.destination))
     return hello.role
+
+
+def _demand_same_ram(channel: FrameChannel, hello: Hello, identity: Identity) -> None:
+    """The source has proved who it is, so it is told the reason; a stranger is told nothing."""
+    try:
+        wire.check_ram_blocks(hello.ram_blocks, identity.ram_blocks)
+    except PeerProtocolError as error:
+        channel.send(wire.Failed(code=error.code, message=error.message, definitive=False))
+        raise
 
 
 def _expect(channel: FrameChannel, kind: FrameType) -> wire.Message:

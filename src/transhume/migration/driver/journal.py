@@ -3,16 +3,27 @@
 The state is written before the commands of a transition are carried out, so a successor never takes
 less for done than was done. Entries survive the death of the process, which is all that they are for:
 when the whole host dies, the register alone decides.
+
+Room for all entries is set aside when the file is made: a disk that fills up meanwhile must not keep a
+mover from going on, least of all while its VM is paused.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from transhume.memory.syscalls import FALLOC_FL_KEEP_SIZE, checked, libc
 from transhume.model.orders import MigrationUpdate
+
+ROOM_BYTES = 256 << 10
+"""Far more than the states of a few movers and their last words."""
+
+_CANNOT_RESERVE = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM})
+"""What file systems answer that set nothing aside; writing may then fail later."""
 
 
 class Journal:
@@ -27,12 +38,8 @@ class Journal:
         self._append({"state": state})
 
     def update(self, update: MigrationUpdate) -> None:
-        """Note what the controller is to be told."""
+        """Note the last word for the controller."""
         self._append({"update": update.model_dump(mode="json")})
-
-    def note(self, text: str) -> None:
-        """Note something for a person who reads the file."""
-        self._append({"note": text})
 
     def last_state(self) -> str | None:
         """The latest state noted, by whichever mover; None when there is none."""
@@ -40,7 +47,7 @@ class Journal:
         return states[-1] if states else None
 
     def last_update(self) -> MigrationUpdate | None:
-        """The latest word for the controller."""
+        """The last word for the controller; None when none was said."""
         updates = [entry["update"] for entry in self._entries() if "update" in entry]
         return MigrationUpdate.model_validate(updates[-1]) if updates else None
 
@@ -52,8 +59,24 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         if self._fd is None:
-            self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        os.write(self._fd, json.dumps(entry).encode() + b"\n")
+            self._fd = self._open()
+        rest = json.dumps(entry).encode() + b"\n"
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+    def _open(self) -> int:
+        """Raises `OSError` when there is no room for a journal."""
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            size_bytes = os.fstat(fd).st_size
+            if size_bytes == 0:
+                _reserve(fd)
+            elif os.pread(fd, 1, size_bytes - 1) != b"\n":
+                os.write(fd, b"\n")  # a dead predecessor's half line must not swallow our first one
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def _entries(self) -> list[dict[str, Any]]:
         """All whole entries: the last line may have been cut by the death of its writer."""
@@ -70,3 +93,11 @@ class Journal:
             except ValueError:
                 continue
         return entries
+
+
+def _reserve(fd: int) -> None:
+    try:
+        checked(libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, ROOM_BYTES))
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise

@@ -7,6 +7,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
@@ -117,7 +118,9 @@ class Driver(ABC, Generic[StateT]):
 
     async def run(self) -> None:
         """Drive the machine until it has finished and the last commands are carried out."""
-        self.journal.state(self._machine.state.value)
+        if self.journal.last_state() is None:
+            # Not by a successor: were it to die at once, the next one would not know how far the first came.
+            self.journal.state(self._machine.state.value)
         beginning = asyncio.create_task(self._carry_out(Begin(), self._begin), name="Begin")
         self._work.add(beginning)
         beginning.add_done_callback(self._work.discard)
@@ -156,7 +159,11 @@ class Driver(ABC, Generic[StateT]):
         self._ended = ended
         self._published_s = time.monotonic()
         update = self.update()
-        self.journal.update(update)
+        if ended:
+            try:
+                self.journal.update(update)
+            except OSError as error:
+                self._log(f"the last word could not be noted: {error}")
         self.control.publish(update)
 
     async def _begin(self, _: Command) -> Event | None:
@@ -216,8 +223,10 @@ class Driver(ABC, Generic[StateT]):
                 self.publish()
 
     def _log(self, text: str) -> None:
-        """A line for the person who reads mover.log."""
-        print(f"{datetime.now().isoformat(timespec='milliseconds')} {text}", file=sys.stderr, flush=True)  # noqa: T201
+        """A line for the person who reads mover.log. A disk without room for it stops nothing."""
+        moment = datetime.now().isoformat(timespec="milliseconds")
+        with suppress(OSError):
+            print(f"{moment} {text}", file=sys.stderr, flush=True)  # noqa: T201
 
     # --- the register ----------------------------------------------------------------------------
 
