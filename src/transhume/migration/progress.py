@@ -128,6 +128,8 @@ class ProgressTracker:
         rates = (
             f"dirtying {decision.dirty_rate_bytes_s / 1e6:,.0f} MB/s, "
             f"faster than the link's {decision.rate_bytes_s / 1e6:,.0f} MB/s"
+            if decision.dirty_rate_bytes_s > decision.rate_bytes_s
+            else "no progress: each pass leaves about as many dirty pages as the one before"
         )
         deadline_s = self._started_s + self._options.deadline_s
         if self._options.on_deadline is OnDeadline.ABORT:

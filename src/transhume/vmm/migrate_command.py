@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import time
@@ -30,6 +31,10 @@ async def set_capabilities(monitor: Monitor, *wanted: str) -> None:
         "migrate-set-capabilities",
         capabilities=[{"capability": name, "state": name in wanted} for name in ALL_CAPABILITIES],
     )
+
+
+ABANDONED_POLL_S = 0.01
+"""Its events went to a process that is dead, so it can only be asked again."""
 
 
 class QemuMigration:
@@ -145,3 +150,23 @@ class QemuMigration:
                 self._stopped_at_s = time.monotonic()
             else:
                 self._status = str(event.data["status"])
+
+
+async def end_abandoned(monitor: Monitor, timeout_s: float = 10.0) -> None:
+    """End a migration that a process which has died left under way; does nothing when there is none.
+
+    QEMU lets a VM that it had stopped by itself run again then. Raises `VmmError` when QEMU is gone and
+    `TimedOut` when it cannot let go.
+    """
+    give_up_s = time.monotonic() + timeout_s
+    asked = False
+    while True:
+        numbers = await monitor.qmp.execute("query-migrate")
+        if numbers.get("status", "none") in ("none", *ENDED):
+            return
+        if not asked:
+            await monitor.qmp.execute("migrate_cancel")
+            asked = True
+        if time.monotonic() > give_up_s:
+            raise TimedOut(f"QEMU's abandoned migration did not end within {timeout_s:g} s")
+        await asyncio.sleep(ABANDONED_POLL_S)

@@ -176,11 +176,19 @@ class Driver(ABC, Generic[StateT]):
         except UnexpectedEvent as unexpected:
             self._log(f"ignored: {unexpected}")
             return
-        if self._machine.state != before:
+        changed = self._machine.state != before
+        if changed and not self._machine.finished:
             # Before the commands: a successor must never take less for done than was done.
             self.journal.state(self._machine.state.value)
+        self.taken(event)
         for command in commands:
             self._start(command)
+        if changed and self._machine.finished:
+            # After the last word: without that word the daemon would never hear how it ended.
+            self.journal.state(self._machine.state.value)
+
+    def taken(self, event: Event) -> None:
+        """Called after the machine has taken an event, before its commands are carried out."""
 
     def _start(self, command: Command) -> None:
         if isinstance(command, ev.StopWork):

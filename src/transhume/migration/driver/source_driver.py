@@ -40,6 +40,7 @@ from transhume.model.orders import MigrationUpdate
 from transhume.model.vm import Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.log import last_words
+from transhume.vmm.migrate_command import end_abandoned
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeOptions, NativeOutgoing
 from transhume.vmm.paths import VmPaths
@@ -47,6 +48,9 @@ from transhume.vmm.process import QemuProcess, find_running
 
 SLICE_PAGES = 2048
 """A pass goes in slices of 8 MiB, so that an interrupted one knows what is left."""
+
+STALLED_PAUSE_S = 0.05
+"""A migration that waits for the guest to calm down does not spin meanwhile."""
 
 STUCK_S = 1.0
 QUIT_LIMIT_S = 3.0
@@ -148,6 +152,10 @@ class SourceDriver(Driver[SourceState]):
             progress=self._progress.snapshot(machine.phase, now_s, clock_of),
             report=machine.report(now_s),
         )
+
+    def taken(self, event: Event) -> None:
+        if isinstance(event, ev.PassEnded):
+            self._progress.pass_ended(event.result, self._source.last_decision)
 
     def stop_work(self) -> None:
         self._stop.set()
@@ -253,6 +261,9 @@ class SourceDriver(Driver[SourceState]):
     async def _send_pass(self, command: ev.SendPass) -> Event:
         tracked = self._tracked
         assert tracked is not None
+        decision = self._source.last_decision
+        if decision is not None and decision.stalled:
+            await asyncio.sleep(STALLED_PAUSE_S)
         runs = tracked.ram.populated_runs() if command.index == 0 else self._left
         self._progress.pass_started(command.index, _count(runs))
         began_s = time.monotonic()
@@ -272,7 +283,6 @@ class SourceDriver(Driver[SourceState]):
             dirty_pages_after=_count(dirty),
             unsent_pages=_count(self._left) - _count(dirty),
         )
-        self._progress.pass_ended(result, None)
         return ev.PassEnded(result)
 
     async def _interrupt_pass(self, _: ev.InterruptPass) -> None:
@@ -436,6 +446,8 @@ class SourceDriver(Driver[SourceState]):
             await self._outgoing.cancel()
         if self._native is not None:
             await self._native.cancel()
+        elif self._predecessor_state is not None:
+            await end_abandoned(monitor)
         if await monitor.status() != "running":
             await monitor.cont()
         await self._untrack()
