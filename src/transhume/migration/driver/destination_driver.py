@@ -145,8 +145,7 @@ class DestinationDriver(Driver[DestinationState]):
             await prepare_load(self._monitor)
             self._incoming = await IncomingState.begin(self._monitor)
             self._loading = asyncio.create_task(self._load_state(), name="load")
-        # Opens the connection to the register now: at the switchover every millisecond counts.
-        await self._register.ownership(self.migration.vm)
+        self.warm_up_register()
         self._listen()
         return ev.Listening()
 

@@ -246,6 +246,21 @@ class Driver(ABC, Generic[StateT]):
         """The commit's swap: the one point of no return."""
         return await self._swap(self.migration.destination)
 
+    def warm_up_register(self) -> None:
+        """Open the connection to the register in the background, so that the switchover need not.
+
+        That nobody answers now is no failure: only the answer to a swap counts.
+        """
+        task = asyncio.create_task(self._read_register(), name="warm up")
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    async def _read_register(self) -> None:
+        try:
+            await self._register.ownership(self.migration.vm)
+        except TranshumeError as error:
+            self._log(f"the register does not answer now: {error.message}")
+
     async def _swap(self, owner: str) -> Event:
         migration = self.migration
         expected = Ownership(owner=migration.source, epoch=migration.epoch)

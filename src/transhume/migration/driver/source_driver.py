@@ -248,8 +248,7 @@ class SourceDriver(Driver[SourceState]):
 
     async def _arm_tracking(self, _: ev.ArmTracking) -> Event:
         monitor = self._qemu()
-        # Opens the connection to the register now, so that an abort at the switchover need not.
-        await self._register.ownership(self.migration.vm)
+        self.warm_up_register()
         if self._options.engine is Engine.TRANSHUME:
             assert self._process is not None
             self._tracked = await TrackedRam.attach(monitor, self._process.pid)
