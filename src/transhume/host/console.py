@@ -32,7 +32,7 @@ class _Line:
         except OSError:
             pass  # QEMU went away: the end of the console, which the listeners are told below
         finally:
-            for queue in self.listeners:
+            for queue in list(self.listeners):
                 self._offer(queue, None)
 
     def _offer(self, queue: asyncio.Queue[bytes | None], item: bytes | None) -> None:
