@@ -16,6 +16,7 @@ from tests.e2e.boot_guest import assemble, make_disk, read_sweeps
 from transhume.api.client import FarmClient
 from transhume.demo.guest.build import Guest
 from transhume.demo.lab import Lab, LabHost
+from transhume.demo.observer import Observer
 from transhume.host.config import DEFAULT_VM_USER, HostConfig
 from transhume.migration.driver.job import MoverFolder, Role
 from transhume.model.errors import TranshumeError
@@ -261,6 +262,12 @@ class Farm:
         last = await read_sweeps(self.vm_dir(vm, host))
         assert last.fault() == ""
         return last.newest
+
+    async def linux_goes_on(self, vm: str, host: str) -> None:
+        """The Linux guest's workload verifies all its pages once more, and none is wrong."""
+        with Observer([self.vm_dir(vm, host) / "serial.log"]) as observer:
+            observer.wait_for(lambda timeline: len(timeline.ticks()) > 3, 60)
+            assert {tick.corrupt for tick in observer.ask(lambda timeline: timeline.ticks())} == {0}
 
     async def assert_nothing_left(self, vm: str, host: str) -> None:
         """`host` keeps nothing of the VM or of migrations: no folder, no process."""

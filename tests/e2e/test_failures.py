@@ -14,6 +14,7 @@ import signal
 import pytest
 from tests.e2e.farm import Farm, until
 
+from transhume.demo.observer import Observer
 from transhume.migration.driver.job import MoverFolder, Role
 from transhume.model.errors import Conflict
 from transhume.model.migration import Engine, Migration, Outcome, Phase
@@ -196,21 +197,22 @@ async def test_the_source_stops_answering(farm: Farm) -> None:
     await _goes_on_at_the_source(farm, migration)
 
 
-async def test_the_register_does_not_answer_at_the_switchover(farm: Farm) -> None:
-    """With the controller standing still the VM is paused, and runs at the destination once it answers."""
+async def test_the_register_does_not_answer_before_the_switchover(farm: Farm) -> None:
+    """While the controller stands still the VM is not suspended: it runs, and moves once that answers."""
     await farm.boot("vm")
     migration = await farm.begin("vm", "beta", bandwidth_bytes_s=4 * SLOW_BYTES_S, peer_silence_limit_s=30.0)
     await farm.in_phase(migration, Phase.PRECOPY)
+    journal = MoverFolder.of(farm.lab["alpha"].state_dir / "migrations", migration, Role.SOURCE).journal_file
     farm.kill_daemon("alpha", signal.SIGSTOP)
-    journal = MoverFolder.of(
-        farm.lab["beta"].state_dir / "migrations", migration, Role.DESTINATION
-    ).journal_file
     try:
 
-        async def committing() -> bool:
-            return '"committing"' in journal.read_text()
+        async def thought_better() -> bool:
+            states = [json.loads(line).get("state") for line in journal.read_text().splitlines()]
+            states = [state for state in states if state]
+            return "suspending" in states and states[states.index("suspending") + 1 :][:1] == ["precopy"]
 
-        await until(committing, "the destination asks for the commit")
+        await until(thought_better, "the source found the register silent")
+        assert farm.runs_on("vm") == ["alpha", "beta"]
     finally:
         farm.kill_daemon("alpha", signal.SIGCONT)
     record = await farm.ended(migration)
@@ -219,27 +221,57 @@ async def test_the_register_does_not_answer_at_the_switchover(farm: Farm) -> Non
     await farm.assert_nothing_left("vm", "alpha")
 
 
+async def _held_at_the_commit(farm: Farm) -> str:
+    """A migration whose destination has everything and asks a controller that stands still."""
+    await farm.boot_linux("vm")
+    with Observer([farm.vm_dir("vm", "alpha") / "serial.log"]) as observer:
+        observer.wait_until_ready(90)
+    migration = await farm.begin("vm", "beta", verify=True, peer_silence_limit_s=30.0)
+    source = MoverFolder.of(farm.lab["alpha"].state_dir / "migrations", migration, Role.SOURCE)
+    destination = MoverFolder.of(farm.lab["beta"].state_dir / "migrations", migration, Role.DESTINATION)
+
+    async def suspended() -> bool:
+        # Comparing the hashes of all RAM gives the test the time to strike.
+        return source.journal_file.exists() and '"last-pages"' in source.journal_file.read_text()
+
+    await until(suspended, "the VM is suspended")
+    farm.kill_daemon("alpha", signal.SIGSTOP)
+
+    async def committing() -> bool:
+        return '"committing"' in destination.journal_file.read_text()
+
+    try:
+        await until(committing, "the destination asks for the commit")
+    except BaseException:
+        farm.kill_daemon("alpha", signal.SIGCONT)
+        raise
+    return migration
+
+
+async def test_the_register_does_not_answer_at_the_commit(farm: Farm) -> None:
+    """Too late to think better of it: the VM waits, suspended, and runs once the register has answered."""
+    migration = await _held_at_the_commit(farm)
+    farm.kill_daemon("alpha", signal.SIGCONT)
+    record = await farm.ended(migration)
+    assert record.outcome is Outcome.COMPLETED, record.error
+    assert farm.runs_on("vm") == ["beta"]
+    await farm.assert_nothing_left("vm", "alpha")
+
+
 async def test_the_destination_mover_dies_while_it_commits(farm: Farm) -> None:
     """The hardest moment: nobody knows whether the commit was made. The register tells, once it answers."""
-    await farm.boot("vm")
-    migration = await farm.begin("vm", "beta", bandwidth_bytes_s=4 * SLOW_BYTES_S, peer_silence_limit_s=30.0)
-    await farm.in_phase(migration, Phase.PRECOPY)
-    farm.kill_daemon("alpha", signal.SIGSTOP)
-    folder = MoverFolder.of(farm.lab["beta"].state_dir / "migrations", migration, Role.DESTINATION)
+    migration = await _held_at_the_commit(farm)
     try:
-
-        async def committing() -> bool:
-            return '"committing"' in folder.journal_file.read_text()
-
-        await until(committing, "the destination asks for the commit")
-        os.kill(int(folder.pid_file.read_text()), signal.SIGKILL)
+        os.kill(farm.mover_pid(migration, "beta", Role.DESTINATION), signal.SIGKILL)
     finally:
         farm.kill_daemon("alpha", signal.SIGCONT)
     record = await farm.ended(migration)
     here, other = ("beta", "alpha") if record.outcome is Outcome.COMPLETED else ("alpha", "beta")
     assert here in record.runs_at
-    await farm.assert_sound("vm", here)
+    assert farm.runs_on("vm") == [here]
+    assert (await farm.vm("vm")).ownership.owner == here
     await farm.assert_nothing_left("vm", other)
+    await farm.linux_goes_on("vm", here)
 
 
 async def test_a_stranger_at_the_destinations_port(farm: Farm) -> None:

@@ -400,6 +400,17 @@ def test_a_deadline_interrupts_a_long_pass_and_switches(talk: Talk) -> None:
     assert report.converged is False
 
 
+@conversation(deadline_s=60)
+def test_a_vm_is_not_suspended_while_the_register_is_silent(talk: Talk) -> None:
+    to_precopy(talk)
+    talk.tell(ev.PassEnded(pass_result(0, 4096, 10)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.RegisterSilent("no answer"), ev.SendPass(1), ev.Publish(), then=S.PRECOPY)
+    talk.tell(ev.PassEnded(pass_result(1, 10, 10)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.now_s = 60.0
+    goes_on(talk, ev.RegisterSilent("no answer"))
+    assert talk.machine.error_code == "store"
+
+
 @conversation(deadline_s=60, on_deadline=OnDeadline.ABORT)
 def test_a_deadline_in_the_middle_of_a_pass_aborts(talk: Talk) -> None:
     to_precopy(talk)
@@ -646,6 +657,7 @@ def test_echoes_of_work_that_was_given_up(talk: Talk) -> None:
         ev.Armed(0.01),
         ev.PassEnded(pass_result(0, 4096, 10)),
         ev.VmPaused(),
+        ev.RegisterSilent("no answer"),
         ev.LastPagesSent(pass_result(1, 10, 0)),
         ev.StateSent(300_000),
         ev.PeerHeard(),

@@ -144,6 +144,13 @@ class VmPaused(Event):
 
 
 @dataclass(frozen=True)
+class RegisterSilent(Event):
+    """Nobody answers for the register: a VM suspended now would wait for it, so it was not suspended."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class LastPagesSent(Event):
     """Every page of the source's RAM has been sent with its final content."""
 
@@ -309,7 +316,7 @@ class InterruptPass(Command):
 
 @dataclass(frozen=True)
 class PauseVm(Command):
-    """Stop the vCPUs. Answered by VmPaused."""
+    """Stop the vCPUs, if the register answers. Answered by VmPaused or RegisterSilent."""
 
 
 @dataclass(frozen=True)

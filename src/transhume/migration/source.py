@@ -89,7 +89,14 @@ _TROUBLE: dict[type[Event], Rule[StrEnum]] = {
 """Before the destination may commit: every trouble ends with the VM going on at the source."""
 
 _LATE = ignored(
-    ev.Connected, ev.Armed, ev.PassEnded, ev.VmPaused, ev.LastPagesSent, ev.StateSent, ev.PeerHeard
+    ev.Connected,
+    ev.Armed,
+    ev.PassEnded,
+    ev.VmPaused,
+    ev.RegisterSilent,
+    ev.LastPagesSent,
+    ev.StateSent,
+    ev.PeerHeard,
 )
 """Echoes of work that was given up."""
 
@@ -138,6 +145,7 @@ class SourceMachine(Machine[SourceState]):
         S.SUSPENDING: {
             **_TROUBLE,
             ev.VmPaused: Rule("_paused", (S.LAST_PAGES,)),
+            ev.RegisterSilent: Rule("_not_now", (S.PRECOPY, S.RESUMING)),
             ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
         },
         S.LAST_PAGES: {
@@ -375,6 +383,13 @@ class SourceMachine(Machine[SourceState]):
             self._pausing_s = now_s
             return (ev.PauseVm(), ev.Publish())
         return (ev.SendPass(event.result.index + 1),)
+
+    def _not_now(self, event: ev.RegisterSilent, now_s: float) -> Sequence[Command]:
+        """Go on with the pre-copy until the register answers, or until the deadline."""
+        if now_s - self._started_s >= self.migration.options.deadline_s:
+            return self._abort(Outcome.FAILED, "store", f"the register did not answer: {event.message}")
+        self.state = S.PRECOPY
+        return (ev.SendPass(len(self.passes)), ev.Publish())
 
     def _native_paused(self, event: ev.VmPaused, now_s: float) -> Sequence[Command]:
         self.state = S.LAST_PAGES

@@ -34,7 +34,7 @@ from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, So
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.sender import PageSender, SentPages
-from transhume.model.errors import HostLost, PeerProtocolError, TimedOut, TranshumeError, VmmError
+from transhume.model.errors import HostLost, PeerProtocolError, StoreError, TimedOut, TranshumeError, VmmError
 from transhume.model.migration import Engine, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
 from transhume.model.vm import Accel, Display
@@ -48,6 +48,11 @@ from transhume.vmm.process import QemuProcess, find_running
 
 SLICE_PAGES = 2048
 """A pass goes in slices of 8 MiB, so that an interrupted one knows what is left."""
+
+REGISTER_LIMIT_S = 1.0
+"""A register that does not answer within this time is not trusted with a suspended VM."""
+
+REGISTER_RETRY_S = 0.5
 
 STALLED_PAUSE_S = 0.05
 """A migration that waits for the guest to calm down does not spin meanwhile."""
@@ -328,6 +333,12 @@ class SourceDriver(Driver[SourceState]):
         meanwhile, and before 9.0 it loses some under TCG (see `vmm.command_line.TCG_TRIM_BYTES`).
         """
         assert self._outgoing is not None
+        try:
+            async with asyncio.timeout(REGISTER_LIMIT_S):
+                await self._register.ownership(self.migration.vm)
+        except (HostLost, StoreError, TimeoutError) as error:
+            await asyncio.sleep(REGISTER_RETRY_S)
+            return ev.RegisterSilent(str(error) or f"no answer within {REGISTER_LIMIT_S:g} s")
         spec = self.job.spec
         stop_first = spec.accel is Accel.TCG and spec.display is not Display.NONE
         if not stop_first:
