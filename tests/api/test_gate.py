@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from tests.api.daemons import ADDRESS, serving, two_daemons
+from tests.api.daemons import ADDRESS, free_port, serving, two_daemons
 
 from transhume.api.controller_client import ControllerClient
 from transhume.api.gate import MAX_BODY_BYTES
@@ -155,7 +155,7 @@ async def test_a_second_daemon_at_the_same_place_is_refused() -> None:
                 d.alpha_config.model_copy(update={"state_dir": d.folder / "beta"}), d.alpha, None
             ):
                 raise AssertionError("served")
-        elsewhere = d.alpha_config.model_copy(update={"port": d.alpha_config.port + 1})
+        elsewhere = d.alpha_config.model_copy(update={"port": free_port()})
         with pytest.raises(Conflict, match="another daemon answers"):
             async with serving(elsewhere, d.alpha, None):
                 raise AssertionError("served")
