@@ -68,7 +68,10 @@ class Daemons:
         self.links = HostLinks("alpha", self.alpha)
         self.store = MemoryStore()
         self.controller = Controller(
-            self.store, lambda host, secret: self.links(host, secret), self.alpha_config, limits=Limits()
+            self.store,
+            lambda host, secret: self.links(host, secret),
+            self.alpha_config,
+            limits=Limits(silent_after_s=3600.0),
         )
 
     def config(self, name: str, secret: str) -> HostConfig:

@@ -1,4 +1,4 @@
-"""The light HTTP client against peers that are slow, gone, confused or hostile."""
+"""The HTTP client against peers that are slow, gone, confused or hostile."""
 
 from __future__ import annotations
 
@@ -42,9 +42,8 @@ async def peer(handler: Handler) -> AsyncIterator[tuple[str, int]]:
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readuntil(b"\r\n\r\n")
-    length = next(
-        int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")
-    )
+    lengths = (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+    length = next(lengths, 0)
     return head + await reader.readexactly(length)
 
 
@@ -83,14 +82,19 @@ async def test_requests_share_a_connection() -> None:
 
 
 async def test_an_idle_connection_that_was_closed_is_opened_again() -> None:
-    handler, seen = answering(OK, OK, then_close=True)
+    answer, seen = answering(OK, OK, then_close=True)
+    closed = asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer(reader, writer)
+        writer.close()
+        await writer.wait_closed()
+        closed.set()
+
     async with connection(handler) as made:
         assert await made.request("GET", "/a", None, 5.0) == (200, b"ok")
-        streams = made._streams
-        assert streams is not None
         async with asyncio.timeout(5):
-            while not streams[0].at_eof():
-                await asyncio.sleep(0)
+            await closed.wait()
         assert await made.request("GET", "/b", None, 5.0) == (200, b"ok")
     assert len(seen) == 2
 
@@ -142,11 +146,9 @@ async def test_a_request_that_was_given_up_does_not_spoil_the_next() -> None:
     [
         b"SSH-2.0-OpenSSH\r\n\r\n",
         b"HTTP/1.1 abc\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (MAX_ANSWER_BYTES + 1),
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nxyz\r\n",
-        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffffffff\r\n",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1" * (1 << 17),
         b"HTTP/1.1 200 OK\r\nx: " + b"y" * (1 << 17) + b"\r\n\r\n",
     ],
@@ -173,7 +175,7 @@ async def test_chunks_come_as_they_are_sent_and_an_early_end_is_noticed() -> Non
         assert await anext(answer.body) == b"one"
         go_on.set()
         with pytest.raises(HostLost):
-            await anext(answer.body)
+            _ = [piece async for piece in answer.body]
 
 
 async def test_a_whole_chunked_answer() -> None:

@@ -1,17 +1,17 @@
-"""HTTP/1.1 between Transhume's own programs, on asyncio's streams and nothing else.
+"""HTTP between Transhume's own programs: the library's client, with this project's errors and limits.
 
-The movers use it: their memory counts, and the commit of a migration is one request on a connection that
-stays open. So does the command line, which should not spend its time on loading a library. It knows what
-the daemons send, which is bodies with a length or in chunks, and no more of HTTP.
+A request that was sent is never sent a second time: a swap that was asked for twice would be two swaps.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx
 
 from transhume.model.errors import HostLost, PeerProtocolError
 
@@ -20,10 +20,7 @@ Target = tuple[str, int] | Path
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 16 << 20
-MAX_HEAD_BYTES = 64 << 10
-CHUNK_BYTES = 64 << 10
-
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+ONE_CONNECTION = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=None)
 
 
 def authority(address: str, port: int) -> str:
@@ -47,96 +44,48 @@ class Answer:
     body: AsyncIterator[bytes]
 
 
-class Requests:
-    """How to ask one daemon: where it is, what it is called in errors, and which headers go along."""
+def _open_client(target: Target, headers: dict[str, str], silence_limit_s: float | None) -> httpx.AsyncClient:
+    """A client with one connection that stays open. No proxy of the environment comes in between."""
+    local = isinstance(target, Path)
+    return httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(
+            limits=ONE_CONNECTION, trust_env=False, uds=str(target) if local else None
+        ),
+        base_url="http://localhost" if isinstance(target, Path) else f"http://{authority(*target)}",
+        headers=headers,
+        timeout=httpx.Timeout(silence_limit_s, connect=CONNECT_TIMEOUT_S),
+        trust_env=False,
+    )
 
-    def __init__(self, peer: str, target: Target, headers: dict[str, str]) -> None:
-        self.peer = peer
-        self._target = target
-        host = authority(*target) if isinstance(target, tuple) else "localhost"
-        self._head = "".join(f"{name}: {value}\r\n" for name, value in {"Host": host, **headers}.items())
 
-    async def connect(self) -> Streams:
-        if isinstance(self._target, Path):
-            opening = asyncio.open_unix_connection(str(self._target), limit=MAX_HEAD_BYTES)
-        else:
-            opening = asyncio.open_connection(*self._target, limit=MAX_HEAD_BYTES)
-        return await asyncio.wait_for(opening, CONNECT_TIMEOUT_S)
+def _content_type(body: bytes | None) -> dict[str, str]:
+    return {} if body is None else {"Content-Type": "application/json"}
 
-    async def send(self, writer: asyncio.StreamWriter, method: str, path: str, body: bytes | None) -> None:
-        content = b"" if body is None else body
-        kind = "" if body is None else "Content-Type: application/json\r\n"
-        head = f"{method} {path} HTTP/1.1\r\n{self._head}{kind}Content-Length: {len(content)}\r\n\r\n"
-        writer.write(head.encode("latin-1") + content)
-        await writer.drain()
 
-    async def read_head(self, reader: asyncio.StreamReader) -> Head:
-        lines = (await self._read_until(reader, b"\r\n\r\n")).split("\r\n")
-        version, _, rest = lines[0].partition(" ")
-        status = rest[:3]
-        if not version.startswith("HTTP/1.") or not (status.isdigit() and len(status) == 3):
-            raise PeerProtocolError(f"{self.peer} does not speak HTTP: {lines[0][:80]!r}")
-        headers = {}
-        for line in lines[1:]:
-            name, _, value = line.partition(":")
-            headers[name.strip().lower()] = value.strip()
-        return Head(int(status), headers)
-
-    async def read_body(self, reader: asyncio.StreamReader, head: Head) -> AsyncIterator[bytes]:
-        """The body in pieces as they come, to its end and no further."""
-        if head.status in (204, 304):
-            return
-        if head.headers.get("transfer-encoding", "").lower() == "chunked":
-            while (length := await self._chunk_length(reader)) > 0:
-                yield await reader.readexactly(length)
-                await reader.readexactly(2)
-            await self._read_until(reader, b"\r\n")
-            return
-        left = self._length(head.headers.get("content-length", ""), 10)
-        while left > 0:
-            piece = await reader.read(min(left, CHUNK_BYTES))
-            if not piece:
-                raise EOFError("the answer ended early")
-            left -= len(piece)
-            yield piece
-
-    async def _chunk_length(self, reader: asyncio.StreamReader) -> int:
-        line = await self._read_until(reader, b"\r\n")
-        return self._length(line.partition(";")[0].strip(), 16)
-
-    async def _read_until(self, reader: asyncio.StreamReader, end: bytes) -> str:
-        try:
-            return (await reader.readuntil(end)).decode("latin-1")
-        except asyncio.LimitOverrunError as error:
-            raise PeerProtocolError(f"{self.peer} sent a line of over {MAX_HEAD_BYTES} bytes") from error
-
-    def _length(self, text: str, base: int) -> int:
-        try:
-            length = int(text, base)
-        except ValueError:
-            length = -1
-        if not 0 <= length <= MAX_ANSWER_BYTES:
-            raise PeerProtocolError(
-                f"{self.peer} announced an answer of {text[:20]!r} bytes; up to {MAX_ANSWER_BYTES} are read"
-            )
-        return length
-
-    def lost(self, error: Exception, timeout_s: float) -> HostLost:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, TimeoutError):
-            reason = f"no answer within {timeout_s:g} s"
-        return HostLost(f"{self.peer} does not answer ({reason or type(error).__name__})")
+@contextmanager
+def _failures_named(peer: str, timeout_s: float) -> Iterator[None]:
+    """The library's errors in this project's words."""
+    try:
+        yield
+    except httpx.RemoteProtocolError as error:
+        # The same class stands for an answer cut short and for one that is no HTTP.
+        if "without sending" in str(error) or "closed connection" in str(error):
+            raise HostLost(f"{peer} does not answer ({error})") from error
+        raise PeerProtocolError(f"{peer} does not speak HTTP: {error}") from error
+    except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
+        raise HostLost(f"{peer} does not answer (no answer within {timeout_s:g} s)") from error
+    except (httpx.TransportError, OSError) as error:
+        raise HostLost(f"{peer} does not answer ({error})") from error
 
 
 class HttpConnection:
-    """Requests to one daemon, one after the other, on one connection.
-
-    It reconnects when an idle connection was closed. A request that was sent is never sent a second time.
-    """
+    """Requests to one daemon, one after the other, on one connection that is kept open in between."""
 
     def __init__(self, peer: str, target: Target, headers: dict[str, str]) -> None:
-        self._requests = Requests(peer, target, headers)
-        self._streams: Streams | None = None
+        self._peer = peer
+        self._target = target
+        self._headers = headers
+        self._client: httpx.AsyncClient | None = None
         self._turn = asyncio.Lock()
 
     async def request(
@@ -148,46 +97,34 @@ class HttpConnection:
         have been carried out then. The connection is closed after any error, and made again when needed.
         """
         async with self._turn:
-            try:
-                return await asyncio.wait_for(self._exchange(method, path, body), timeout_s)
-            except (OSError, EOFError, TimeoutError) as error:
-                self._drop()
-                raise self._requests.lost(error, timeout_s) from error
-            except BaseException:
-                # Cancelled or confused in the middle of an answer: the next request must not read its rest.
-                self._drop()
-                raise
+            if self._client is None:
+                self._client = _open_client(self._target, self._headers, None)
+            with _failures_named(self._peer, timeout_s):
+                async with asyncio.timeout(timeout_s):
+                    return await self._exchange(self._client, method, path, body)
 
     async def close(self) -> None:
         """Close the connection. A later request opens it again."""
-        streams, self._streams = self._streams, None
-        if streams is not None:
-            await _close(streams)
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
 
-    async def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
-        reader, writer = await self._connected()
-        await self._requests.send(writer, method, path, body)
-        head = await self._requests.read_head(reader)
-        answer = bytearray()
-        async for piece in self._requests.read_body(reader, head):
-            answer += piece
-            if len(answer) > MAX_ANSWER_BYTES:
-                raise PeerProtocolError(f"{self._requests.peer} sent over {MAX_ANSWER_BYTES} bytes")
-        if head.headers.get("connection", "").lower() == "close":
-            self._drop()
-        return head.status, bytes(answer)
-
-    async def _connected(self) -> Streams:
-        if self._streams is not None and self._streams[0].at_eof():
-            self._drop()
-        if self._streams is None:
-            self._streams = await self._requests.connect()
-        return self._streams
-
-    def _drop(self) -> None:
-        streams, self._streams = self._streams, None
-        if streams is not None:
-            streams[1].transport.abort()
+    async def _exchange(
+        self, client: httpx.AsyncClient, method: str, path: str, body: bytes | None
+    ) -> tuple[int, bytes]:
+        headers = _content_type(body)
+        async with client.stream(method, path, content=body, headers=headers) as response:
+            announced_bytes = int(response.headers.get("content-length", 0))
+            if announced_bytes > MAX_ANSWER_BYTES:
+                raise PeerProtocolError(
+                    f"{self._peer} announced {announced_bytes} bytes; up to {MAX_ANSWER_BYTES} are read"
+                )
+            answer = bytearray()
+            async for piece in response.aiter_raw():
+                answer += piece
+                if len(answer) > MAX_ANSWER_BYTES:
+                    raise PeerProtocolError(f"{self._peer} sent over {MAX_ANSWER_BYTES} bytes")
+            return response.status_code, bytes(answer)
 
 
 @asynccontextmanager
@@ -205,39 +142,22 @@ async def open_answer(
     Raises `HostLost`, also out of the body's iterator, when nothing comes for `silence_limit_s` or the
     connection breaks.
     """
-    requests = Requests(peer, target, headers)
-    streams: Streams | None = None
-    try:
-        streams = await requests.connect()
-        await requests.send(streams[1], method, path, body)
-        head = await asyncio.wait_for(requests.read_head(streams[0]), silence_limit_s)
-    except (OSError, EOFError, TimeoutError) as error:
-        if streams is not None:
-            await _close(streams)
-        raise requests.lost(error, silence_limit_s) from error
-    try:
-        yield Answer(head, _patient(requests, streams[0], head, silence_limit_s))
-    finally:
-        await _close(streams)
-
-
-async def _patient(
-    requests: Requests, reader: asyncio.StreamReader, head: Head, silence_limit_s: float
-) -> AsyncIterator[bytes]:
-    pieces = aiter(requests.read_body(reader, head))
-    while True:
+    async with _open_client(target, headers, silence_limit_s) as client:
+        request = client.build_request(method, path, content=body, headers=_content_type(body))
+        with _failures_named(peer, silence_limit_s):
+            response = await client.send(request, stream=True)
         try:
-            piece = await asyncio.wait_for(anext(pieces, b""), silence_limit_s)
-        except (OSError, EOFError, TimeoutError) as error:
-            raise requests.lost(error, silence_limit_s) from error
+            head = Head(response.status_code, dict(response.headers))
+            yield Answer(head, _pieces(response, peer, silence_limit_s))
+        finally:
+            await response.aclose()
+
+
+async def _pieces(response: httpx.Response, peer: str, silence_limit_s: float) -> AsyncIterator[bytes]:
+    pieces = response.aiter_raw()
+    while True:
+        with _failures_named(peer, silence_limit_s):
+            piece = await anext(pieces, b"")
         if not piece:
             return
         yield piece
-
-
-async def _close(streams: Streams) -> None:
-    streams[1].close()
-    try:
-        await streams[1].wait_closed()
-    except OSError:
-        return
