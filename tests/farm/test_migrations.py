@@ -422,6 +422,19 @@ async def test_a_destinations_word_waits_for_the_sources_and_is_taken_without() 
         assert (ended.outcome, ended.phase, ended.error) == (Outcome.COMPLETED, Phase.DONE, "")
 
 
+async def test_a_vm_lost_after_the_commit_is_not_called_running() -> None:
+    async with farm() as f:
+        await f.running_vm()
+        migration = await f.begun(await f.migrate())
+        await f.commit(migration)
+        lost = {"outcome": Outcome.FAILED, "runs_at": "nowhere: QEMU died", "error": "QEMU died"}
+        await f.report(migration, "beta", Phase.DONE, **lost)
+        await f.report(migration, "alpha", Phase.DONE, outcome=Outcome.COMPLETED)
+        ended = await f.ended(migration)
+        assert ended.runs_at.startswith("nowhere")
+        assert "QEMU died" in ended.error
+
+
 async def test_a_cancel_stays_one_though_the_destination_calls_it_a_failure_first() -> None:
     async with farm() as f:
         await f.running_vm()

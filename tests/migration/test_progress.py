@@ -66,7 +66,7 @@ def test_a_pass_moves_the_bar() -> None:
     assert seen.iteration == 0
     assert seen.wire_bytes == 25_000 * PAGE_BYTES
     assert seen.remaining_bytes == 75_000 * PAGE_BYTES
-    assert seen.fraction == pytest.approx(0.25)
+    assert seen.fraction == pytest.approx(0.225)
     assert seen.rate_bytes_s == pytest.approx(PAGES_S * PAGE_BYTES)
     assert seen.eta_s == pytest.approx(3.0)
     assert seen.verdict == "first pass over the memory"

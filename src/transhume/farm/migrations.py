@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 
 from transhume.farm.endings import Claim, Endings, at_destination, at_source
 from transhume.farm.events import EventLog, MigrationEvent
@@ -178,6 +179,10 @@ class Migrations:
             return
         claim = Claim.reported(update)
         if update.host == record.source:
+            _, last_word = self._last_words.get(record.id, (0.0, None))
+            if last_word is not None and last_word.runs_at.startswith("nowhere"):
+                # The source knows that it gave the VM away; only the destination knows that it was lost.
+                claim = replace(last_word, update=update)
             await self._end(record, claim)
             return
         await self._endings.check(record, claim)

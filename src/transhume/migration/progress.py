@@ -16,6 +16,12 @@ RATE_WINDOW_S = 2.0
 SHARE_BEFORE_THE_END = 0.99
 """The bar is full only when the migration has ended."""
 
+SHARE_OF_FIRST_PASS = 0.9
+"""How far the bar goes in the first pass: how much it leaves is known only at its end."""
+
+STEEPEST_SERIES = 0.95
+"""The ETA sums the passes to come as a geometric series; a guest that is faster than this never ends it."""
+
 
 class ProgressTracker:
     """Collects what the driver sees and answers with snapshots whose fraction never falls."""
@@ -72,9 +78,6 @@ class ProgressTracker:
         """The state of things. `clock_of` turns a monotonic time into a time of day for the verdict."""
         rate_bytes_s = self._rate_bytes_s()
         self._advance(phase)
-        eta_s = None
-        if rate_bytes_s and self._remaining_bytes is not None:
-            eta_s = self._remaining_bytes / rate_bytes_s
         decision = self._decision
         dirty_rate = decision.dirty_rate_bytes_s if decision else self._native_dirty_rate_bytes_s
         predicted_ms = decision.predicted_downtime_s * 1000 if decision else self._native_downtime_ms
@@ -89,7 +92,7 @@ class ProgressTracker:
             rate_bytes_s=rate_bytes_s,
             dirty_rate_bytes_s=dirty_rate,
             remaining_bytes=self._remaining_bytes,
-            eta_s=eta_s,
+            eta_s=self._eta_s(rate_bytes_s),
             predicted_downtime_ms=predicted_ms,
             verdict=self._verdict(phase, now_s, clock_of),
         )
@@ -112,7 +115,21 @@ class ProgressTracker:
         if self._remaining_bytes is None or self._wire_bytes == 0:
             return
         share = self._wire_bytes / (self._wire_bytes + self._remaining_bytes)
-        self._fraction = max(self._fraction, min(share, SHARE_BEFORE_THE_END))
+        most = SHARE_BEFORE_THE_END
+        if phase is Phase.PRECOPY and self._decision is None and self._native_dirty_rate_bytes_s is None:
+            most = SHARE_OF_FIRST_PASS
+            share *= most
+        self._fraction = max(self._fraction, min(share, most))
+
+    def _eta_s(self, rate_bytes_s: float | None) -> float | None:
+        """The rest of this pass and all passes after it, each of which sends what the last one let dirty."""
+        if not rate_bytes_s or self._remaining_bytes is None:
+            return None
+        pass_s = self._remaining_bytes / rate_bytes_s
+        if self._decision is None:
+            return pass_s
+        shrink = min(STEEPEST_SERIES, self._decision.dirty_rate_bytes_s / rate_bytes_s)
+        return pass_s / (1 - shrink)
 
     def _verdict(self, phase: Phase, now_s: float, clock_of: Callable[[float], str]) -> str:
         if phase is not Phase.PRECOPY:

@@ -193,6 +193,9 @@ class DestinationDriver(Driver[DestinationState]):
                 channel.shutdown()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        for channel in (self._channel, self._native_channel):
+            if channel is not None:
+                channel.close()
         if self._incoming is not None:
             self._incoming.close()
         if self._native is not None:

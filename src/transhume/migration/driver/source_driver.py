@@ -197,6 +197,9 @@ class SourceDriver(Driver[SourceState]):
         self._data_thread.shutdown(wait=True)
         if self._reader is not None:
             await asyncio.to_thread(self._reader.join)
+        for channel in (self._channel, self._native_channel):
+            if channel is not None:
+                channel.close()
         if self._tracked is not None:
             self._tracked.close()
         if self._monitor is not None:
