@@ -70,7 +70,7 @@ async def stop_daemon(farm: Farm, host: str) -> None:
 
 
 def more_than_there_is() -> int:
-    """A size of RAM that no host of this machine has free. A guest may have it, since it uses little of it."""
+    """A size of RAM that no host of this machine has free. A guest may have it, for it uses little of it."""
     return ((memory().available_bytes >> 20) + 1024) << 20
 
 
