@@ -267,7 +267,7 @@ async def test_several_ram_blocks_and_two_vcpus_under_kvm(hosts: Hosts) -> None:
 
 
 async def test_a_cancel_and_then_many_passes_under_kvm(hosts: Hosts) -> None:
-    """The guest writes through second-level page tables: after a cancel too, each pass finds what it wrote."""
+    """The guest writes through second-level page tables: after a cancel too, each pass finds its writes."""
     await hosts.boot()
     newest = await hosts.assert_sound("alpha")
     move = Move(hosts, "alpha", "beta", MigrationOptions(bandwidth_bytes_s=SLOW_BYTES_S))
