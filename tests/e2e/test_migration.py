@@ -70,7 +70,8 @@ async def test_a_linux_guest_with_two_vcpus_loses_no_page(farm: Farm) -> None:
 
 async def test_the_report_adds_up(farm: Farm) -> None:
     await farm.boot("vm")
-    record = await farm.migrate("vm", "beta")
+    # A limit that even a busy machine keeps: what is judged here is the sums.
+    record = await farm.migrate("vm", "beta", max_downtime_ms=60_000)
     report = record.report
     assert report.ram_bytes == (48 << 20) - TCG_TRIM_BYTES
     assert [each.index for each in report.iterations] == list(range(len(report.iterations)))
