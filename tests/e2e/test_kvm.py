@@ -240,8 +240,11 @@ async def hosts(short_dir: Path) -> AsyncIterator[Hosts]:
     await made.end()
 
 
-@pytest.mark.parametrize("engine", list(Engine))
-async def test_a_vm_moves_there_and_back_under_kvm(hosts: Hosts, engine: Engine) -> None:
+@pytest.mark.parametrize(("engine", "cpus", "ram_blocks"), [(Engine.TRANSHUME, 2, 2), (Engine.QEMU, 1, 1)])
+async def test_a_vm_moves_there_and_back_under_kvm(
+    hosts: Hosts, engine: Engine, cpus: int, nodes: int
+) -> None:
+    hosts.spec = hosts.spec.model_copy(update={"cpus": cpus, "numa_nodes": nodes})
     await hosts.boot()
     newest = await hosts.assert_sound("alpha")
     touched_bytes = hosts.touched_bytes("alpha")
@@ -256,14 +259,6 @@ async def test_a_vm_moves_there_and_back_under_kvm(hosts: Hosts, engine: Engine)
         assert (update.report.downtime.verify_ms > 0) == (engine is Engine.TRANSHUME)
         assert hosts.register.held == Ownership(owner=there, epoch=epoch)
         newest = await hosts.assert_sound(there, newest)
-
-
-async def test_several_ram_blocks_and_two_vcpus_under_kvm(hosts: Hosts) -> None:
-    hosts.spec = hosts.spec.model_copy(update={"cpus": 2, "numa_nodes": 2})
-    await hosts.boot()
-    update = await hosts.move("beta", verify=True)
-    assert update.outcome is Outcome.COMPLETED, update.error
-    await hosts.assert_sound("beta")
 
 
 async def test_a_cancel_and_then_many_passes_under_kvm(hosts: Hosts) -> None:
