@@ -14,7 +14,7 @@ from transhume.bench.stage import Move, playing
 from transhume.demo.guest.build import Workload
 
 MEMORY_MIB = 2048
-FILLED = Workload(memory_mib=1024, verify_pages_s=2000)
+FILLED = Workload(memory_mib=704, verify_pages_s=8000)
 FRESH = "raw, into fresh memory"
 TOUCHED = "raw, into touched memory"
 LEAST_SHARE = 0.7

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from transhume.bench.figure import Figure, Target
@@ -32,6 +33,16 @@ class Bench:
 
 Part = Callable[[Bench], list[Figure]]
 """One part of a group. Raises a `TranshumeError` when a migration failed or a page was wrong."""
+
+
+@contextmanager
+def shaped_wire(lab: Lab) -> Iterator[None]:
+    """Make the wire an ordinary one for a while."""
+    lab.shape(rate_bits_s=WIRE_BITS_S)
+    try:
+        yield
+    finally:
+        lab.shape()
 
 
 def in_turn(contenders: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -59,6 +59,7 @@ class Player:
     name: str
     lab: Lab
     observer: Observer
+    workload: Workload
     at: int = 0
     _corrupt_pages: int = field(default=0)
 
@@ -189,7 +190,7 @@ def playing(lab: Lab, guest: Guest, name: str, memory_mib: int, workload: Worklo
         with Observer([host.vm_dir(name) / "serial.log" for host in lab.hosts]) as observer:
             home.transhume("vm", "start", name).require_success()
             observer.wait_until_ready(BOOT_LIMIT_S)
-            yield Player(name, lab, observer)
+            yield Player(name, lab, observer, workload)
     finally:
         home.transhume("vm", "kill", name)
         home.transhume("vm", "delete", name)

@@ -1,0 +1,48 @@
+"""The yardsticks do what they measure: all bytes arrive, all written pages are found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from transhume.bench import loopback
+from transhume.bench.scan import tracked_process
+from transhume.bench.stage import peak_resident_kib
+from transhume.demo.lab import Lab
+from transhume.memory.kernel import tracking_obstacles
+from transhume.model.errors import TranshumeError
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_the_raw_rate_is_of_the_wire_between_the_hosts(touched: bool) -> None:
+    with Lab() as lab:
+        lab.shape(rate_bits_s=200_000_000)
+        sender, receiver = lab.hosts
+        assert 1e6 < loopback.measure(sender, receiver, 4 << 20, touched) < 50e6
+
+
+def test_a_receiver_that_cannot_start_is_told() -> None:
+    with Lab() as lab:
+        sender, receiver = lab.hosts
+        receiver.address = "192.0.2.1"  # not this host's
+        with pytest.raises(TranshumeError):
+            loopback.measure(sender, receiver, 4096, touched=False)
+
+
+@pytest.mark.skipif(bool(tracking_obstacles()), reason=" ".join(tracking_obstacles()))
+def test_a_scan_finds_every_page_that_was_written() -> None:
+    pages = (8 << 20) // 4096
+    with tracked_process(8 << 20) as process:
+        for every_page in (1, 100, 512):
+            took_ms, found = process.scan_ms(every_page)
+            assert found == -(-pages // every_page)
+            assert took_ms > 0
+
+
+def test_the_memory_of_a_process_and_of_one_that_is_gone(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    pid_file.write_text(f"{os.getpid()}\n")
+    assert peak_resident_kib(pid_file) > 10_000
+    assert peak_resident_kib(tmp_path / "none") == 0
