@@ -33,6 +33,11 @@ ANOTHER_LIVES = 7
 
 STANDBY = "--standby"
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long a thread may keep the interpreter from another: at the switchover a few threads pass the work on
+from one to the next, and Python's 5 ms would be a large part of the downtime.
+"""
+
 
 def main() -> int:
     """Run one mover; the exit code is 0 when it came to its end, or when it was never needed."""
@@ -49,6 +54,7 @@ def main() -> int:
         return ANOTHER_LIVES
     with suppress(OSError):  # it is for people: a full disk must not keep a successor from its work
         folder.pid_file.write_text(f"{os.getpid()}\n")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     asyncio.run(_move(folder))
     return 0
 

@@ -240,7 +240,7 @@ async def hosts(short_dir: Path) -> AsyncIterator[Hosts]:
     await made.end()
 
 
-@pytest.mark.parametrize(("engine", "cpus", "ram_blocks"), [(Engine.TRANSHUME, 2, 2), (Engine.QEMU, 1, 1)])
+@pytest.mark.parametrize(("engine", "cpus", "nodes"), [(Engine.TRANSHUME, 2, 2), (Engine.QEMU, 1, 1)])
 async def test_a_vm_moves_there_and_back_under_kvm(
     hosts: Hosts, engine: Engine, cpus: int, nodes: int
 ) -> None:

@@ -75,7 +75,7 @@ def to_precopy(talk: Talk) -> None:
 
 def to_suspending(talk: Talk) -> None:
     to_precopy(talk)
-    talk.tell(ev.PassEnded(pass_result(0, RAM_PAGES, 0)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.PassEnded(pass_result(0, RAM_PAGES, 0)), ev.PauseVm(), then=S.SUSPENDING)
 
 
 def to_last_pages(talk: Talk) -> None:
@@ -144,7 +144,7 @@ def test_a_migration_by_our_engine(talk: Talk) -> None:
     talk.tell(ev.Connected(), ev.ArmTracking(), ev.Publish(), then=S.ARMING)
     talk.tell(ev.Armed(switchover_cost_s=0.01), ev.SendPass(0), ev.Publish(), then=S.PRECOPY)
     talk.tell(ev.PassEnded(pass_result(0, 4096, 4000)), ev.SendPass(1))
-    talk.tell(ev.PassEnded(pass_result(1, 4000, 300)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.PassEnded(pass_result(1, 4000, 300)), ev.PauseVm(), then=S.SUSPENDING)
     talk.now_s = 2.0
     talk.tell(ev.VmPaused(), ev.SendLastPages(), then=S.LAST_PAGES)
     talk.now_s = 2.010
@@ -394,7 +394,7 @@ def test_a_deadline_interrupts_a_long_pass_and_switches(talk: Talk) -> None:
     talk.wait(0.1, ev.InterruptPass())
     talk.wait(0.1)
     interrupted = pass_result(1, 100, 3000, unsent_pages=3900)
-    talk.tell(ev.PassEnded(interrupted), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.PassEnded(interrupted), ev.PauseVm(), then=S.SUSPENDING)
     report = talk.machine.report(talk.now_s)
     assert report.switch_reason == "the deadline passed"
     assert report.converged is False
@@ -403,9 +403,9 @@ def test_a_deadline_interrupts_a_long_pass_and_switches(talk: Talk) -> None:
 @conversation(deadline_s=60)
 def test_a_vm_is_not_suspended_while_the_register_is_silent(talk: Talk) -> None:
     to_precopy(talk)
-    talk.tell(ev.PassEnded(pass_result(0, 4096, 10)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.PassEnded(pass_result(0, 4096, 10)), ev.PauseVm(), then=S.SUSPENDING)
     talk.tell(ev.RegisterSilent("no answer"), ev.SendPass(1), ev.Publish(), then=S.PRECOPY)
-    talk.tell(ev.PassEnded(pass_result(1, 10, 10)), ev.PauseVm(), ev.Publish(), then=S.SUSPENDING)
+    talk.tell(ev.PassEnded(pass_result(1, 10, 10)), ev.PauseVm(), then=S.SUSPENDING)
     talk.now_s = 60.0
     goes_on(talk, ev.RegisterSilent("no answer"))
     assert talk.machine.error_code == "store"

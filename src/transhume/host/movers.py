@@ -23,6 +23,7 @@ from transhume.migration.driver.journal import Journal
 from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, TranshumeError, VmmError
 from transhume.model.migration import Outcome, Phase
 from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
+from transhume.vmm.niceness import LEAST_URGENT, USUAL, set_niceness
 
 FINAL_STATES = frozenset({"done", "aborted"})
 LINE_LIMIT_BYTES = 4 << 20
@@ -173,6 +174,8 @@ class Movers:
         if self._movers or self._standby is not None:
             return
         self._standby = _python_mover(STANDBY, subprocess.PIPE, subprocess.DEVNULL)
+        # Python's start is a second of work, and the guests of this host go first.
+        set_niceness(self._standby.pid, LEAST_URGENT)
 
     def _follow(self, mover: Mover) -> None:
         self._movers[mover.folder.path.name] = mover
@@ -315,6 +318,7 @@ def _python_mover(argument: str, stdin: int, words: IO[bytes] | int) -> subproce
 def _assign(process: subprocess.Popen[bytes], folder: MoverFolder) -> bool:
     """Give a mover that stands by its folder; False when it died meanwhile."""
     assert process.stdin is not None
+    set_niceness(process.pid, USUAL)
     try:
         process.stdin.write(str(folder.path).encode() + b"\n")
         process.stdin.close()

@@ -381,7 +381,8 @@ class SourceMachine(Machine[SourceState]):
             self._converged = decision.converged
             self.state = S.SUSPENDING
             self._pausing_s = now_s
-            return (ev.PauseVm(), ev.Publish())
+            # No report: both daemons would be busy with it while the VM stands still. The clock's comes soon.
+            return (ev.PauseVm(),)
         return (ev.SendPass(event.result.index + 1),)
 
     def _not_now(self, event: ev.RegisterSilent, now_s: float) -> Sequence[Command]:

@@ -131,13 +131,19 @@ class OutgoingState:
             self._loop.add_reader(self._channel, self._read)
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The stream, piece by piece, while QEMU writes it; ends when QEMU has closed it.
+        """The stream, in pieces as large as have come, while QEMU writes it; ends when QEMU has closed it.
 
         That the stream ended does not mean that it is whole: only `finish` tells.
         """
         self.release()
-        while chunk := await self._chunks.get():
-            yield chunk
+        ended = False
+        while not ended:
+            pieces = [await self._chunks.get()]
+            while pieces[-1] and not self._chunks.empty():
+                pieces.append(self._chunks.get_nowait())
+            ended = not pieces[-1]
+            if whole := b"".join(pieces):
+                yield whole
 
     async def finish(self, timeout_s: float = 30.0) -> SavedState:
         """Wait until QEMU says that it has written everything.

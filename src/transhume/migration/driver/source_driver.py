@@ -43,6 +43,7 @@ from transhume.vmm.log import last_words
 from transhume.vmm.migrate_command import end_abandoned
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeOptions, NativeOutgoing
+from transhume.vmm.niceness import LEAST_URGENT, set_niceness
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import QemuProcess, find_running
 
@@ -392,22 +393,28 @@ class SourceDriver(Driver[SourceState]):
         assert outgoing is not None
         fingerprint = hashlib.sha256()
         length_bytes = 0
+        # One piece is held back until the next one has come, to go together with the end: a small state has
+        # come whole by now, and each turn of the data thread is downtime.
+        held = b""
         async for chunk in outgoing.chunks():
+            if held:
+                await self._in_data_thread(channel.send_state, held)
             fingerprint.update(chunk)
             length_bytes += len(chunk)
-            await self._in_data_thread(channel.send_state, chunk)
+            held = chunk
         await outgoing.finish()
         end = wire.StateEnd(length_bytes=length_bytes, sha256=fingerprint.hexdigest())
-        await self._in_data_thread(self._end_state, channel, end)
+        await self._in_data_thread(self._end_state, channel, held, end)
         return ev.StateSent(length_bytes)
 
-    def _end_state(self, channel: FrameChannel, end: wire.StateEnd) -> None:
+    def _end_state(self, channel: FrameChannel, rest: bytes, end: wire.StateEnd) -> None:
         """In the data thread: QEMU is done, and nothing may have been written since the last scan.
 
         Were a device to write guest RAM while it saves its state, that page would be lost without a sign:
         so it is looked for, and sent, before the end mark that lets the destination commit.
         """
         assert self._tracked is not None
+        channel.send_state(rest)
         late = self._tracked.tracker.collect()
         if _count(late):
             sent, _ = self._send_runs(late, paced=False)
@@ -489,6 +496,7 @@ class SourceDriver(Driver[SourceState]):
         await end(self._watcher)
         if process is not None:
             try:
+                set_niceness(process.pid, LEAST_URGENT)
                 await self._qemu().quit()
                 await process.wait(QUIT_LIMIT_S)
             except (VmmError, TimedOut):
