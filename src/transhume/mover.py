@@ -14,6 +14,7 @@ The lock comes before anything else, so that a folder never has two movers at wo
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -55,6 +56,8 @@ def main() -> int:
     with suppress(OSError):  # it is for people: a full disk must not keep a successor from its work
         folder.pid_file.write_text(f"{os.getpid()}\n")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()  # what was imported stays: the collector need not walk through it while a VM stands still
     asyncio.run(_move(folder))
     return 0
 

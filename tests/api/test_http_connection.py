@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from transhume.api.http_connection import MAX_ANSWER_BYTES, HttpConnection, open_answer
+from transhume.api.http_connection import MAX_ANSWER_BYTES, HttpConnection
+from transhume.api.http_stream import open_answer
 from transhume.api.problem import from_problem, to_problem
 from transhume.model.errors import (
     ERRORS_BY_CODE,

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from transhume.api.http_calls import HttpCalls, part
-from transhume.api.http_connection import authority, open_answer
+from transhume.api.http_connection import authority
+from transhume.api.http_stream import open_answer
 from transhume.api.problem import from_problem
 from transhume.api.schemas import LogText, Pong
 from transhume.farm.events import MigrationEvent

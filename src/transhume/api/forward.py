@@ -14,7 +14,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from transhume.api.console import CLOSE_PROBLEM
-from transhume.api.http_connection import Answer, authority, open_answer
+from transhume.api.http_connection import authority
+from transhume.api.http_stream import Answer, open_answer
 from transhume.api.problem import encode_problem
 from transhume.host.config import HostConfig
 from transhume.model.errors import HostLost

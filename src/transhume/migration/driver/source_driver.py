@@ -96,6 +96,7 @@ class SourceDriver(Driver[SourceState]):
         self._monitor: Monitor | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._tracked: TrackedRam | None = None
+        self._sender: PageSender | None = None
         self._channel: FrameChannel | None = None
         self._native_channel: FrameChannel | None = None
         self._reader: threading.Thread | None = None
@@ -300,7 +301,9 @@ class SourceDriver(Driver[SourceState]):
         """In the data thread: send the runs of each block; what an interruption left comes back."""
         assert self._channel is not None
         assert self._tracked is not None
-        sender = PageSender(self._channel, self._tracked.ram, self._stop, self._on_progress)
+        if self._sender is None:
+            self._sender = PageSender(self._channel, self._tracked.ram, self._stop, self._on_progress)
+        sender = self._sender
         sent = SentPages()
         unsent = [page_runs.empty() for _ in runs]
         for index, block_runs in enumerate(runs):
