@@ -83,6 +83,8 @@ async def _move(folder: MoverFolder) -> None:
         else:
             driver = DestinationDriver(job, paths, journal, link, control, config.address, config.vm_user)
         control.cancel = driver.cancel
+        if isinstance(driver, SourceDriver):
+            control.adjust = driver.adjust
         await control.open()
         await driver.run()
     finally:

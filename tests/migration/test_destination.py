@@ -79,6 +79,33 @@ def to_running(talk: Talk) -> None:
     talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.Publish(), then=D.RUNNING)
 
 
+def to_owing_loading(talk: Talk) -> None:
+    to_receiving(talk)
+    talk.tell(ev.LastPagesReceived(owed_pages=500), then=D.LOADING)
+
+
+def to_owing_committing(talk: Talk) -> None:
+    to_owing_loading(talk)
+    talk.tell(ev.StateReceived())
+    talk.tell(ev.StateLoaded(), ev.SwapToDestination(), then=D.COMMITTING)
+
+
+def to_owing_resuming(talk: Talk) -> None:
+    to_owing_committing(talk)
+    commits(talk, ev.SwapWon())
+
+
+def to_owing_revoking(talk: Talk) -> None:
+    recovered = ev.Recovered(state_may_be_sent=True, owing=True)
+    talk.tell(recovered, ev.SwapToSource(), then=D.REVOKING)
+
+
+def to_paging(talk: Talk) -> None:
+    to_owing_resuming(talk)
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.Publish(), then=D.PAGING)
+    assert talk.machine.runs_at == "destination host south"
+
+
 def to_destroying(talk: Talk) -> None:
     to_receiving(talk)
     gives_up(talk, LINK_LOST)
@@ -581,6 +608,93 @@ def test_a_device_state_before_the_last_pages_is_not_taken(talk: Talk) -> None:
 
 
 # --- the whole table ---------------------------------------------------------------------------------
+
+
+# --- pages owed after the resume ---------------------------------------------------------------------
+
+
+@conversation(after=(to_paging,))
+def test_the_last_page_that_was_owed_is_told(talk: Talk) -> None:
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+    talk.tell(ev.PeerFinished(), ev.Publish(ended=True), then=D.DONE)
+    assert talk.machine.outcome is Outcome.COMPLETED
+
+
+@conversation(after=(to_owing_loading,))
+def test_pages_that_all_came_while_the_state_was_loaded(talk: Talk) -> None:
+    talk.tell(ev.LastPagesReceived(owed_pages=3))
+    talk.tell(ev.AllPaged())
+    talk.tell(ev.StateReceived())
+    talk.tell(ev.StateLoaded(), ev.SwapToDestination(), then=D.COMMITTING)
+    commits(talk, ev.SwapWon())
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_owing_committing, to_owing_revoking))
+def test_pages_that_all_came_before_the_register_answered(talk: Talk) -> None:
+    talk.tell(ev.AllPaged())
+    commits(talk, WON_EARLIER)
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_owing_resuming,))
+def test_pages_that_all_came_before_the_resume(talk: Talk) -> None:
+    talk.tell(ev.AllPaged())
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_paging,))
+def test_a_lost_source_is_waited_for(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    assert talk.machine.runs_at.startswith("destination host south; it lacks pages that only host north has")
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.wait(100_000)
+    talk.tell(ev.SourceConnected(), ev.Publish())
+    assert talk.machine.runs_at == "destination host south"
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_paging,), give_up_after_s=30)
+def test_a_lost_source_is_waited_for_as_long_as_was_said(talk: Talk) -> None:
+    talk.wait(100)
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.wait(29)
+    talk.wait(1, ev.Publish(ended=True), then=D.DONE)
+    assert talk.machine.outcome is Outcome.FAILED
+    assert "lacks pages that only it has" in talk.machine.error
+    assert talk.machine.runs_at == "destination host south"
+
+
+@conversation(after=(to_paging,))
+def test_a_qemu_that_dies_while_paging_is_lost(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("killed"), ev.Publish(ended=True), then=D.DONE)
+    assert talk.machine.runs_at.startswith("nowhere: ")
+
+
+@conversation(after=(to_paging,))
+def test_nothing_takes_a_paging_vm_away(talk: Talk) -> None:
+    talk.echoes(
+        PEER_ABORTED,
+        ev.PeerFinished(),
+        ev.CancelRequested(),
+        failed(ev.TellPeerRunning),
+        ev.MigrationKnown(going_on=False),
+        ev.SwapWon(),
+        LOST_TO_SOURCE,
+        ev.SwapUnknown("late"),
+        ev.SwapRefused("full"),
+    )
+    talk.tell(ev.PeerHeard())
+
+
+@conversation(after=(to_committing, to_revoking, to_resuming, to_running))
+def test_a_source_that_comes_again_changes_nothing(talk: Talk) -> None:
+    talk.echoes(ev.SourceConnected())
+
+
+@conversation(after=(to_running, to_destroying))
+def test_a_late_word_of_the_pager_changes_nothing(talk: Talk) -> None:
+    talk.echoes(ev.AllPaged())
 
 
 def test_every_rule_is_taken_by_some_conversation() -> None:

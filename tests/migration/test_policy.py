@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from transhume.migration.policy import (
     link_rate_bytes_s,
     passes_without_progress,
 )
-from transhume.model.migration import MigrationOptions, OnDeadline
+from transhume.model.migration import MigrationOptions, Mode, OnDeadline, Rest
 from transhume.model.vm import PAGE_BYTES
 
 RAM_PAGES = 262_144
@@ -45,6 +46,11 @@ def passes(*pages: int, duration_s: float = SLOW) -> list[PassResult]:
     ]
 
 
+def precopy(**options: Any) -> MigrationOptions:
+    """Options of a migration that never leaves pages for after the resume."""
+    return MigrationOptions(mode=Mode.PRE_COPY, **options)
+
+
 def verdict(
     done: list[PassResult],
     options: MigrationOptions | None = None,
@@ -52,7 +58,7 @@ def verdict(
     elapsed_s: float = 1.0,
     ram_pages: int = RAM_PAGES,
 ) -> Decision:
-    return decide(done, options or MigrationOptions(), ram_pages, cost_s, elapsed_s)
+    return decide(done, options or precopy(), ram_pages, cost_s, elapsed_s)
 
 
 # --- the thresholds: claim 13 and the description's example ------------------------------------------
@@ -76,7 +82,7 @@ def test_the_patents_example_ends_with_300_pages_under_the_threshold(threshold: 
 
 
 def test_the_patents_example_goes_on_over_the_threshold() -> None:
-    options = MigrationOptions(threshold_pages=299)
+    options = precopy(threshold_pages=299)
     assert verdict(passes(4096, 1024, 300), options, ram_pages=4096).choice is Choice.CONTINUE
 
 
@@ -90,7 +96,7 @@ def test_pages_that_an_interrupted_pass_did_not_send_count_as_left() -> None:
         dirty_pages_after=100,
         unsent_pages=4000,
     )
-    decision = verdict([interrupted], MigrationOptions(threshold_pages=4099))
+    decision = verdict([interrupted], precopy(threshold_pages=4099))
     assert decision.choice is Choice.CONTINUE
     assert decision.remaining_pages == 4100
 
@@ -106,7 +112,7 @@ def test_the_prediction_is_the_pages_left_over_the_rate_plus_the_cost_of_the_swi
 
 
 def test_it_switches_when_the_limit_is_met_and_another_pass_gains_nothing() -> None:
-    options = MigrationOptions(max_downtime_ms=50)
+    options = precopy(max_downtime_ms=50)
     decision = verdict(passes(100_000, 2000, 1900, duration_s=1.0), options)
     assert decision.converged
     assert decision.choice is Choice.SWITCH
@@ -114,7 +120,7 @@ def test_it_switches_when_the_limit_is_met_and_another_pass_gains_nothing() -> N
 
 
 def test_it_polishes_while_each_pass_halves_the_rest() -> None:
-    options = MigrationOptions(max_downtime_ms=50)
+    options = precopy(max_downtime_ms=50)
     decision = verdict(passes(100_000, 2000, duration_s=1.0), options)
     assert decision.converged
     assert decision.choice is Choice.CONTINUE
@@ -123,12 +129,12 @@ def test_it_polishes_while_each_pass_halves_the_rest() -> None:
 
 
 def test_it_does_not_polish_what_costs_next_to_nothing() -> None:
-    options = MigrationOptions(max_downtime_ms=50)
+    options = precopy(max_downtime_ms=50)
     assert verdict(passes(100_000, 400, duration_s=1.0), options).choice is Choice.SWITCH
 
 
 def test_the_cost_of_the_switchover_alone_may_break_the_limit() -> None:
-    options = MigrationOptions(max_downtime_ms=50)
+    options = precopy(max_downtime_ms=50)
     decision = verdict(passes(100_000, 1, duration_s=1.0), options, cost_s=0.051)
     assert not decision.converged
     assert decision.choice is Choice.CONTINUE
@@ -211,14 +217,14 @@ def test_a_stall_does_not_wait_for_ever() -> None:
 
 
 def test_a_hard_promise_waits_for_the_deadline_instead() -> None:
-    options = MigrationOptions(on_deadline=OnDeadline.ABORT, max_iterations=5, deadline_s=100)
+    options = precopy(on_deadline=OnDeadline.ABORT, max_iterations=5, deadline_s=100)
     stalled = passes(RAM_PAGES, *[50_000] * 20)
     assert verdict(stalled, options, elapsed_s=99).choice is Choice.CONTINUE
     assert verdict(stalled, options, elapsed_s=100).choice is Choice.ABORT
 
 
 def test_the_number_of_passes_is_limited() -> None:
-    options = MigrationOptions(max_iterations=4)
+    options = precopy(max_iterations=4)
     shrinking = passes(RAM_PAGES, 200_000, 150_000, 110_000, 80_000)
     assert verdict(shrinking[:-1], options).choice is Choice.CONTINUE
     decision = verdict(shrinking, options)
@@ -231,7 +237,7 @@ def test_the_number_of_passes_is_limited() -> None:
 
 @pytest.mark.parametrize("on_deadline", OnDeadline)
 def test_the_deadline_ends_a_migration_that_still_makes_progress(on_deadline: OnDeadline) -> None:
-    options = MigrationOptions(deadline_s=30, on_deadline=on_deadline)
+    options = precopy(deadline_s=30, on_deadline=on_deadline)
     done = passes(RAM_PAGES, 100_000, 50_000)
     assert verdict(done, options, elapsed_s=29.9).choice is Choice.CONTINUE
     decision = verdict(done, options, elapsed_s=30)
@@ -240,7 +246,7 @@ def test_the_deadline_ends_a_migration_that_still_makes_progress(on_deadline: On
 
 
 def test_a_migration_that_meets_its_limit_at_the_deadline_is_not_aborted() -> None:
-    options = MigrationOptions(deadline_s=30, on_deadline=OnDeadline.ABORT)
+    options = precopy(deadline_s=30, on_deadline=OnDeadline.ABORT)
     assert verdict(passes(100_000, 100, duration_s=1.0), options, elapsed_s=40).choice is Choice.SWITCH
 
 
@@ -287,7 +293,7 @@ def test_a_guest_that_dirties_the_same_amount_for_ever_is_switched_after_a_stall
     dirty_pages: int, pass_s: float
 ) -> None:
     """Long before the most passes are made."""
-    count, choice = passes_until_the_end([dirty_pages], MigrationOptions(), 0.01, pass_s)
+    count, choice = passes_until_the_end([dirty_pages], precopy(), 0.01, pass_s)
     assert choice is Choice.SWITCH
     assert count <= 2 + STALL_PASSES
 
@@ -295,7 +301,77 @@ def test_a_guest_that_dirties_the_same_amount_for_ever_is_switched_after_a_stall
 @settings(deadline=None)
 @given(DIRTY_SETS, st.floats(0, 2), st.floats(0.05, 5))
 def test_a_hard_promise_ends_at_the_deadline(dirty_sets: list[int], cost_s: float, pass_s: float) -> None:
-    options = MigrationOptions(on_deadline=OnDeadline.ABORT, deadline_s=10)
+    options = precopy(on_deadline=OnDeadline.ABORT, deadline_s=10)
     count, choice = passes_until_the_end(dirty_sets, options, cost_s, pass_s)
     assert (count - 1) * pass_s < 10 + 1e-6
     assert choice in (Choice.SWITCH, Choice.ABORT)
+
+
+# --- orders of transfer (claims 1 to 13) ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rest", Rest)
+def test_so_many_passes_as_were_asked_for_and_then_the_rest(rest: Rest) -> None:
+    options = precopy(iterations=2, rest=rest)
+    assert verdict(passes(4096, 0), options).choice is Choice.CONTINUE
+    decision = verdict(passes(4096, 3000, 2900), options)
+    assert decision.choice is Choice.SWITCH
+    assert decision.rest is rest
+
+
+def test_hybrid_makes_one_pass() -> None:
+    decision = verdict(passes(4096, 4000), MigrationOptions(mode=Mode.HYBRID))
+    assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BOTH)
+
+
+def test_hybrid_waits_for_the_threshold_of_pages_left() -> None:
+    options = MigrationOptions(mode=Mode.HYBRID, threshold_pages=100)
+    assert verdict(passes(4096, 2000), options).choice is Choice.CONTINUE
+    decision = verdict(passes(4096, 2000, 100), options)
+    assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BOTH)
+
+
+def test_auto_stays_with_pre_copy_while_that_converges() -> None:
+    decision = verdict(passes(100_000, 10, duration_s=0.1), MigrationOptions())
+    assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BEFORE_STATE)
+
+
+def test_auto_gives_way_when_memory_is_written_faster_than_the_link_carries_it() -> None:
+    decision = verdict(passes(100_000, 90_000), MigrationOptions())
+    assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BOTH)
+    assert decision.reason.startswith("memory is written at 37 MB/s and the link carries 41")
+
+
+def test_auto_gives_way_at_a_stall() -> None:
+    decision = verdict(passes(4096, 2000, 2000, 2100, 1950), MigrationOptions())
+    assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BOTH)
+
+
+@pytest.mark.parametrize(
+    ("on_deadline", "choice"), [(OnDeadline.SWITCH, Choice.SWITCH), (OnDeadline.ABORT, Choice.ABORT)]
+)
+def test_auto_at_the_deadline(on_deadline: OnDeadline, choice: Choice) -> None:
+    options = MigrationOptions(deadline_s=30, on_deadline=on_deadline)
+    decision = verdict(passes(4096, 2000, 1000), options, elapsed_s=30)
+    assert decision.choice is choice
+    assert choice is Choice.ABORT or decision.rest is Rest.BOTH
+
+
+def test_auto_without_post_copy_never_gives_way() -> None:
+    decision = verdict(passes(100_000, 90_000), MigrationOptions(post_copy=False))
+    assert decision.choice is Choice.CONTINUE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "post-copy", "post_copy": False},
+        {"mode": "hybrid", "rest": "before-state"},
+        {"mode": "post-copy", "iterations": 1},
+        {"rest": "both", "post_copy": False},
+        {"mode": "post-copy", "engine": "qemu"},
+    ],
+)
+def test_orders_that_contradict_themselves_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"choose|leaves pages|no pass"):
+        MigrationOptions.model_validate(options)

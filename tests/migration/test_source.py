@@ -11,12 +11,23 @@ from transhume.migration.source import (
     COMMIT_LIMIT_S,
     CONNECT_LIMIT_S,
     FINISH_LIMIT_S,
+    RECONNECT_S,
     RESUME_ATTEMPTS,
     SWAP_RETRY_S,
     SourceMachine,
     SourceState,
 )
-from transhume.model.migration import Engine, Migration, MigrationOptions, OnDeadline, Outcome, Phase
+from transhume.model.migration import (
+    Engine,
+    Migration,
+    MigrationOptions,
+    Mode,
+    OnDeadline,
+    Outcome,
+    PagingReport,
+    Phase,
+    Rest,
+)
 from transhume.model.vm import PAGE_BYTES
 
 S = SourceState
@@ -111,6 +122,44 @@ def to_committed(talk: Talk) -> None:
 def to_retiring(talk: Talk) -> None:
     to_committed(talk)
     talk.tell(PEER_RUNNING, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+def to_owing_state(talk: Talk) -> None:
+    to_last_pages(talk)
+    talk.tell(ev.LastPagesSent(pass_result(1, 0, 0), owed_pages=500), ev.SendState(), then=S.STATE)
+
+
+def to_owing_awaiting_commit(talk: Talk) -> None:
+    to_owing_state(talk)
+    talk.tell(ev.StateSent(300_000), ev.StartPush(), then=S.AWAITING_COMMIT)
+
+
+def to_owing_resolving(talk: Talk) -> None:
+    to_owing_awaiting_commit(talk)
+    talk.tell(LINK_LOST, ev.SwapToSource(), ev.Publish(), then=S.RESOLVING)
+
+
+def to_owing_committed(talk: Talk) -> None:
+    to_owing_awaiting_commit(talk)
+    talk.tell(ev.PeerCommitted(), then=S.COMMITTED)
+
+
+def to_paging(talk: Talk) -> None:
+    to_owing_committed(talk)
+    talk.tell(PEER_RUNNING, ev.Publish(), then=S.PAGING)
+
+
+def to_reconnecting(talk: Talk) -> None:
+    to_paging(talk)
+    looks_again(talk, LINK_LOST)
+
+
+def looks_again(talk: Talk, event: Event) -> None:
+    """The VM is the destination's and lacks pages that are only here: nothing may be freed."""
+    talk.tell(event, ev.StopWork(), ev.Publish(), ev.Reconnect(), then=S.RECONNECTING)
+    assert talk.machine.runs_at == "destination host south"
+    assert talk.machine.past_point_of_no_return
+    assert talk.machine.phase is Phase.PAGING
 
 
 BEFORE_THE_STATE_IS_SENT = (to_connecting, to_arming, to_precopy, to_suspending, to_last_pages)
@@ -385,7 +434,7 @@ def test_signs_of_life_keep_a_slow_greeting_alive(talk: Talk) -> None:
 # --- the deadline ------------------------------------------------------------------------------------
 
 
-@conversation(deadline_s=60, max_downtime_ms=20)
+@conversation(deadline_s=60, max_downtime_ms=20, mode=Mode.PRE_COPY)
 def test_a_deadline_interrupts_a_long_pass_and_switches(talk: Talk) -> None:
     to_precopy(talk)
     talk.tell(ev.PassEnded(pass_result(0, 4096, 4000)), ev.SendPass(1))
@@ -645,6 +694,157 @@ def test_a_successor_that_finds_no_qemu_and_sent_no_state(talk: Talk) -> None:
     answers = (ev.StopWork(), ev.TellPeerAborted, ev.Publish(ended=True))
     talk.tell(ev.Recovered(state_may_be_sent=False), *answers, then=S.ABORTED)
     assert talk.machine.runs_at.startswith("nowhere: ")
+
+
+# --- pages owed after the resume ---------------------------------------------------------------------
+
+PAGED = ev.PeerPaged(PagingReport(owed_pages=500, faults=7, pushed_pages=493))
+
+
+@conversation(mode=Mode.POST_COPY)
+def test_without_a_pass_the_vm_is_suspended_at_once(talk: Talk) -> None:
+    to_arming(talk)
+    talk.tell(ev.Armed(switchover_cost_s=0.01), ev.PauseVm(), then=S.SUSPENDING)
+    talk.tell(ev.RegisterSilent("no answer"), ev.PauseVm())
+    talk.tell(ev.VmPaused(), ev.SendLastPages(Rest.BOTH), then=S.LAST_PAGES)
+
+
+@conversation(after=(to_paging,))
+def test_the_last_page_that_was_owed_frees_the_source(talk: Talk) -> None:
+    talk.now_s = 3.0
+    talk.tell(PAGED, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    report = talk.machine.report(talk.now_s)
+    assert report.paging is not None
+    assert (report.paging.faults, report.paging.residual_ms) == (7, 3000)
+    assert report.order == "1 pre-copy pass, rest before-state"
+
+
+@conversation(after=(to_owing_state, to_owing_awaiting_commit, to_owing_resolving, to_owing_committed))
+def test_what_was_paged_in_before_the_resume_was_heard_is_not_owed(talk: Talk) -> None:
+    talk.tell(PAGED)
+    talk.tell(PEER_RUNNING, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation(after=(to_owing_state, to_owing_awaiting_commit, to_owing_resolving))
+def test_a_destination_that_runs_is_given_its_pages(talk: Talk) -> None:
+    talk.tell(PEER_RUNNING, ev.Publish(), then=S.PAGING)
+
+
+@conversation(after=(to_paging, to_owing_committed))
+def test_a_lost_link_never_frees_what_is_owed(talk: Talk) -> None:
+    looks_again(talk, LINK_LOST)
+
+
+@conversation(after=(to_paging,))
+def test_a_push_that_fails_is_tried_on_a_new_connection(talk: Talk) -> None:
+    looks_again(talk, failed(ev.StartPush))
+
+
+@conversation(after=(to_paging,))
+def test_a_silent_destination_is_looked_for(talk: Talk) -> None:
+    talk.tell(ev.PeerHeard())
+    talk.now_s += 11.0
+    looks_again(talk, ev.Tick())
+
+
+@conversation(after=(to_owing_committed,))
+def test_a_destination_that_committed_and_never_resumed_is_looked_for(talk: Talk) -> None:
+    talk.now_s = FINISH_LIMIT_S + 0.1
+    looks_again(talk, ev.Tick())
+
+
+@conversation(after=(to_owing_resolving,))
+def test_an_abort_that_lost_looks_for_the_destination(talk: Talk) -> None:
+    looks_again(talk, LOST_TO_DESTINATION)
+
+
+@conversation(after=(to_reconnecting,))
+def test_the_destination_is_looked_for_until_it_is_found(talk: Talk) -> None:
+    talk.wait(100)
+    talk.tell(failed(ev.StartPush))
+    for _ in range(100):
+        talk.tell(failed(ev.Reconnect))
+        talk.wait(RECONNECT_S / 2)
+        talk.wait(RECONNECT_S, ev.Reconnect(), ev.AskController())
+        talk.tell(ev.MigrationKnown(going_on=True))
+    talk.tell(ev.Reconnected(200), ev.StartPush(), ev.Publish(), then=S.PAGING)
+    assert talk.machine.outcome is Outcome.RUNNING
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_destination_that_lacks_nothing_needs_no_more(talk: Talk) -> None:
+    talk.tell(ev.Reconnected(0), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_destination_that_has_finished_needs_no_more(talk: Talk) -> None:
+    talk.tell(ev.MigrationKnown(going_on=False), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation(after=(to_reconnecting,))
+def test_the_last_words_of_the_old_connection_still_count(talk: Talk) -> None:
+    talk.tell(PAGED, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation()
+def test_a_successor_goes_on_paging(talk: Talk) -> None:
+    recovered = ev.Recovered(state_may_be_sent=True, owing=True, paging=True)
+    looks_again(talk, recovered)
+
+
+@conversation()
+def test_a_successor_at_the_switchover_asks_the_register_and_then_goes_on_paging(talk: Talk) -> None:
+    asks_the_register(talk, ev.Recovered(state_may_be_sent=True, owing=True))
+    looks_again(talk, LOST_TO_DESTINATION)
+
+
+@conversation(after=(to_precopy,))
+def test_a_person_switches_to_post_copy(talk: Talk) -> None:
+    talk.tell(ev.SwitchRequested(), ev.InterruptPass())
+    talk.tell(ev.PassEnded(pass_result(0, 1000, 900, unsent_pages=3096)), ev.PauseVm(), then=S.SUSPENDING)
+    talk.tell(ev.VmPaused(), ev.SendLastPages(Rest.BOTH), then=S.LAST_PAGES)
+    assert talk.machine.switch_reason == "post-copy was asked for while it ran"
+
+
+@conversation(
+    after=(*BEFORE_THE_STATE_IS_SENT, *UNDECIDED, to_resolving, to_committed, to_paging, to_reconnecting)
+)
+def test_other_limits_count_from_now_on(talk: Talk) -> None:
+    changed = talk.machine.migration.options.model_copy(update={"max_downtime_ms": 7.0})
+    talk.tell(ev.OptionsChanged(changed))
+    assert talk.machine.migration.options.max_downtime_ms == 7.0
+
+
+@conversation(after=(to_paging, to_reconnecting))
+def test_nothing_takes_a_paging_vm_back(talk: Talk) -> None:
+    talk.echoes(
+        ev.CancelRequested(),
+        ev.QemuDied("killed"),
+        ev.PeerCommitted(),
+        ev.SwapWon(),
+        LOST_TO_SOURCE,
+        ev.SwapUnknown("late"),
+        ev.SwapRefused("full"),
+        PEER_FAILED,
+        ev.StateSent(1),
+    )
+
+
+@conversation(after=(to_paging,))
+def test_echoes_while_paging(talk: Talk) -> None:
+    talk.tell(PEER_RUNNING)
+    talk.echoes(ev.MigrationKnown(going_on=False))
+    talk.wait(0.1)
+
+
+@conversation(after=(to_reconnecting,))
+def test_echoes_while_the_destination_is_looked_for(talk: Talk) -> None:
+    talk.echoes(LINK_LOST, ev.PeerHeard(), PEER_RUNNING)
+
+
+@conversation(after=(to_retiring,))
+def test_echoes_of_paging_while_the_vm_is_freed(talk: Talk) -> None:
+    talk.echoes(PAGED, ev.Reconnected(3), ev.MigrationKnown(going_on=False))
 
 
 # --- late echoes -------------------------------------------------------------------------------------

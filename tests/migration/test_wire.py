@@ -18,6 +18,7 @@ from transhume.memory.runs import Runs
 from transhume.migration import wire
 from transhume.migration.wire import Decoder, End, FrameType, Header, Message, Role
 from transhume.model.errors import PeerProtocolError, Unauthorized
+from transhume.model.migration import PagingReport
 from transhume.model.vm import PAGE_BYTES, RamBlock
 
 BLOCK_PAGES = (1 << 18, 1 << 20)
@@ -61,6 +62,17 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(wire.Pong, token=numbers),
     st.builds(wire.Abort, reason=texts),
     st.builds(wire.Finished),
+    st.builds(wire.MissingEnd, pages=numbers),
+    st.builds(
+        wire.Paged,
+        paging=st.builds(
+            PagingReport,
+            owed_pages=numbers,
+            faults=numbers,
+            fault_p50_us=st.floats(0, 1e9),
+            latency_us_histogram=st.dictionaries(st.integers(1, 1 << 40), numbers, max_size=8),
+        ),
+    ),
 )
 
 
@@ -88,7 +100,7 @@ def decode(decoder: Decoder, frame: bytes) -> object:
     """Decode as a channel does; page content is not looked at."""
     head, payload = split(frame)
     header = decoder.header(head)
-    if header.type in (FrameType.PAGES, FrameType.ZERO):
+    if header.type is FrameType.PAGES or header.type in wire.TABLE_FRAMES:
         return header, decoder.runs(header, payload[: header.table_bytes]).tolist()
     if header.type is FrameType.STATE:
         return header
@@ -112,8 +124,16 @@ def test_messages_come_out_as_they_went_in(message: Message) -> None:
 
 def test_every_message_type_is_covered() -> None:
     covered = {each.frame_type for each in Message.__subclasses__()}
-    binary = {FrameType.INVALID, FrameType.PAGES, FrameType.ZERO, FrameType.STATE}
+    binary = {FrameType.INVALID, FrameType.PAGES, FrameType.STATE, *wire.TABLE_FRAMES}
     assert covered | binary == set(FrameType)
+
+
+@settings(deadline=None)
+@given(run_sets(), st.integers(0, 1), st.sampled_from(sorted(wire.TABLE_FRAMES)))
+def test_tables_come_out_as_they_went_in(runs: Runs, block: int, kind: FrameType) -> None:
+    header, table = split(wire.encode_table(kind, block, runs))
+    decoder = decoder_for(kind)
+    assert decoder.runs(decoder.header(header), table).tolist() == runs.tolist()
 
 
 @settings(deadline=None)

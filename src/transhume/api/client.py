@@ -16,7 +16,7 @@ from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.model.errors import HostLost, PeerProtocolError
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome
-from transhume.model.orders import CancelReply
+from transhume.model.orders import Adjustment, CancelReply
 from transhume.model.vm import Vm, VmSpec
 
 _HOSTS: TypeAdapter[list[HostStatus]] = TypeAdapter(list[HostStatus])
@@ -124,6 +124,12 @@ class FarmClient:
         return await self._calls.ask(
             "POST", f"/v1/migrations/{part(reference)}/cancel", CancelReply, timeout_s=60.0
         )
+
+    async def adjust(self, reference: str, adjustment: Adjustment) -> None:
+        """Other limits for a migration under way; raises `Conflict` with the reason when it takes them
+        not.
+        """
+        await self._calls.send("POST", f"/v1/migrations/{part(reference)}/adjust", adjustment, timeout_s=60.0)
 
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """Events until the one that ended it. `HostLost` when the stream breaks: go on with `after`."""

@@ -27,7 +27,7 @@ from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.host.config import HostConfig
 from transhume.model.migration import DryRun, Migration
-from transhume.model.orders import CancelReply
+from transhume.model.orders import Adjustment, CancelReply
 from transhume.model.vm import Vm
 
 STREAM_BEAT_S = 5.0
@@ -139,6 +139,11 @@ def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
         return StreamingResponse(
             _lines(migrations.follow(migration, after)), media_type="application/x-ndjson"
         )
+
+    @router.post("/migrations/{reference}/adjust", status_code=204)
+    async def adjust(reference: MigrationId, adjustment: Adjustment) -> None:
+        """Other limits for a migration under way, or the switch to post-copy. `reference` as below."""
+        await migrations.adjust(reference, adjustment)
 
     @router.post("/migrations/{reference}/cancel")
     async def cancel(reference: MigrationId) -> CancelReply:

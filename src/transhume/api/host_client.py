@@ -13,6 +13,8 @@ from transhume.api.schemas import LogText, Pong
 from transhume.farm.host_link import HostLink
 from transhume.model.host import Host, HostInventory
 from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
     BeginOrder,
     CancelReply,
     DestinationFacts,
@@ -97,6 +99,9 @@ class HostClient:
 
     async def cancel(self, migration: str) -> CancelReply:
         return await self._calls.ask("POST", f"/migrations/{migration}/cancel", CancelReply)
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
+        return await self._calls.ask("POST", f"/migrations/{migration}/adjust", AdjustReply, adjustment)
 
     async def abandon(self, migration: str) -> None:
         await self._calls.send("POST", f"/migrations/{migration}/abandon")

@@ -20,6 +20,8 @@ from transhume.farm.host_link import HostLink
 from transhume.host.config import HostConfig
 from transhume.model.host import HostInventory
 from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
     BeginOrder,
     CancelReply,
     DestinationFacts,
@@ -110,6 +112,10 @@ def _add_migration_routes(router: APIRouter, host: HostLink) -> None:
     @router.post("/migrations/{migration}/cancel")
     async def cancel(migration: MigrationId) -> CancelReply:
         return await host.cancel(migration)
+
+    @router.post("/migrations/{migration}/adjust")
+    async def adjust(migration: MigrationId, adjustment: Adjustment) -> AdjustReply:
+        return await host.adjust(migration, adjustment)
 
     @router.post("/migrations/{migration}/abandon", status_code=204)
     async def abandon(migration: MigrationId) -> None:

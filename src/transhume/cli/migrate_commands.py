@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,9 +14,18 @@ from transhume.cli.quantities import parse_rate_bytes_s, parse_time_ms, parse_ti
 from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
 from transhume.cli.tables import dry_run_report, migration_report, migrations_table, show
 from transhume.model.errors import Refused
-from transhume.model.migration import Engine, Migration, MigrationOptions, OnDeadline
+from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, OnDeadline, Rest
+from transhume.model.orders import Adjustment
 
 _DEFAULTS = MigrationOptions()
+
+
+class Action(StrEnum):
+    """What `transhume migration` does with a migration."""
+
+    SHOW = "show"
+    SET = "set"
+    SWITCH = "switch-to-post-copy"
 
 
 def migrate(
@@ -53,6 +63,27 @@ def migrate(
             "--threshold-fraction", metavar="F", help="Switch when at most this share of RAM is left."
         ),
     ] = None,
+    mode: Annotated[
+        Mode, typer.Option("--mode", help="The order of memory and switchover; auto lets the engine choose.")
+    ] = _DEFAULTS.mode,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", metavar="N", help="Make exactly N pre-copy passes.")
+    ] = None,
+    rest: Annotated[
+        Rest | None,
+        typer.Option("--rest", help="When the pages travel that are left at the suspension."),
+    ] = None,
+    no_post_copy: Annotated[
+        bool, typer.Option("--no-post-copy", help="Never leave pages for after the resume.")
+    ] = False,
+    give_up_after: Annotated[
+        str | None,
+        typer.Option(
+            "--give-up-after",
+            metavar="S",
+            help="After the resume: wait so long for a source that was lost; default: for ever.",
+        ),
+    ] = None,
     max_iterations: Annotated[int, typer.Option("--max-iterations")] = _DEFAULTS.max_iterations,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a hash of all RAM; lengthens the downtime.")
@@ -75,6 +106,11 @@ def migrate(
         "bandwidth_bytes_s": None if bandwidth is None else parse_rate_bytes_s(bandwidth),
         "threshold_pages": threshold_pages,
         "threshold_fraction": threshold_fraction,
+        "mode": mode,
+        "iterations": iterations,
+        "rest": rest,
+        "post_copy": not no_post_copy,
+        "give_up_after_s": None if give_up_after is None else parse_time_s(give_up_after),
         "max_iterations": max_iterations,
         "verify": verify,
     }
@@ -149,10 +185,44 @@ def migrations(
 def migration(
     context: typer.Context,
     identity: Annotated[str, typer.Argument(metavar="MIGRATION", help="Its id.")],
+    action: Annotated[
+        Action, typer.Argument(metavar="[ACTION]", help="show, set, or switch-to-post-copy.")
+    ] = Action.SHOW,
+    bandwidth: Annotated[
+        str | None, typer.Option("--bandwidth", metavar="RATE", help="set: 500M, 4Gbit, 0 for no limit.")
+    ] = None,
+    max_downtime: Annotated[str | None, typer.Option("--max-downtime", metavar="MS", help="set.")] = None,
+    deadline: Annotated[
+        str | None, typer.Option("--deadline", metavar="S", help="set; from the request on.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show the report of one migration."""
+    """Show the report of one migration, or change one that is under way."""
     current = session(context, as_json)
+    limits = Adjustment(
+        bandwidth_bytes_s=None
+        if bandwidth is None
+        else (parse_rate_bytes_s(bandwidth) if bandwidth != "0" else 0),
+        max_downtime_ms=None if max_downtime is None else parse_time_ms(max_downtime),
+        deadline_s=None if deadline is None else parse_time_s(deadline),
+        switch_to_post_copy=action is Action.SWITCH,
+    )
+    given = limits != Adjustment(switch_to_post_copy=action is Action.SWITCH)
+    if given != (action is Action.SET):
+        raise Refused(
+            f"`transhume migration {identity} set` needs --bandwidth, --max-downtime or --deadline"
+            if action is Action.SET
+            else f"limits are changed with `transhume migration {identity} set`"
+        )
+    if action is not Action.SHOW:
+        current.call(lambda client: client.adjust(identity, limits))
+        if not current.as_json:
+            say(
+                "done"
+                if action is Action.SET
+                else "it will be suspended now; the rest follows after the resume"
+            )
+            return
     found = current.call(lambda client: client.migration(identity))
     if current.as_json:
         say_json(found)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from transhume.cli.session import on_terminal
 from transhume.farm.members import HostStatus
-from transhume.model.migration import DowntimeReport, DryRun, Migration, Outcome
+from transhume.model.migration import DowntimeReport, DryRun, Migration, Outcome, PagingReport
 from transhume.model.vm import Vm
 
 _MIB = 1 << 20
@@ -144,11 +144,15 @@ def migration_report(record: Migration) -> Group:
         parts += [Text(""), _iterations_table(record)]
     if report.downtime.total_ms:
         parts += [Text(""), _downtime_table(report.downtime)]
+    if report.paging is not None:
+        parts += [Text(""), _paging_table(report.paging)]
     if report.wire_bytes:
         sent = f"{bytes_in_words(report.wire_bytes)} sent for {bytes_in_words(report.ram_bytes)} of RAM"
         if report.state_bytes:
             sent += f", {bytes_in_words(report.state_bytes)} of it device state"
         parts += [Text(""), Text(sent)]
+    if report.order:
+        parts.append(Text(f"order of transfer: {report.order}"))
     if report.switch_reason:
         parts.append(Text(f"switched because {report.switch_reason}"))
     parts.append(Text(f"VM {record.vm} runs at: {record.runs_at or 'unknown'}"))
@@ -215,6 +219,33 @@ def _downtime_table(downtime: DowntimeReport) -> Table:
     shown = [(label, duration_ms) for label, duration_ms in parts if duration_ms or label != "verify"]
     table = _table("DOWNTIME", *(label for label, _ in shown), right=True)
     table.add_row(ms_in_words(downtime.total_ms), *(ms_in_words(duration_ms) for _, duration_ms in shown))
+    return table
+
+
+def _paging_table(paging: PagingReport) -> Table:
+    table = _table(
+        "OWED PAGES",
+        "ON DEMAND",
+        "PUSHED",
+        "FAULTS",
+        "P50",
+        "P99",
+        "LONGEST",
+        "WAITED",
+        "NEEDED SOURCE",
+        right=True,
+    )
+    table.add_row(
+        f"{paging.owed_pages}",
+        f"{paging.fetched_pages}",
+        f"{paging.pushed_pages}",
+        f"{paging.faults}",
+        ms_in_words(paging.fault_p50_us / 1000),
+        ms_in_words(paging.fault_p99_us / 1000),
+        ms_in_words(paging.fault_max_us / 1000),
+        ms_in_words(paging.waited_ms),
+        ms_in_words(paging.residual_ms),
+    )
     return table
 
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from transhume.model.host import HostInventory
 from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
     BeginOrder,
     CancelReply,
     DestinationFacts,
@@ -76,6 +78,8 @@ class HostLink(Protocol):
         ...
 
     async def cancel(self, migration: str) -> CancelReply: ...
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply: ...
 
     async def abandon(self, migration: str) -> None:
         """Forget a prepared destination whose source never came. Does nothing after a commit."""

@@ -7,7 +7,14 @@ later phase, the larger figure, the longer list. Joining in any order, any numbe
 
 from __future__ import annotations
 
-from transhume.model.migration import DowntimeReport, Migration, MigrationReport, Phase, Progress
+from transhume.model.migration import (
+    DowntimeReport,
+    Migration,
+    MigrationReport,
+    PagingReport,
+    Phase,
+    Progress,
+)
 from transhume.model.orders import MigrationUpdate
 
 _PHASES = list(Phase)
@@ -57,7 +64,16 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
         total_ms=max(held.total_ms, new.total_ms),
         converged=held.converged if new.converged is None else new.converged,
         switch_reason=new.switch_reason or held.switch_reason,
+        order=new.order if new.total_ms >= held.total_ms else held.order,
+        paging=_join_paging(held.paging, new.paging),
     )
+
+
+def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingReport | None:
+    """The one that knows more: the source's own until the destination's word has come, then that."""
+    if held is None or new is None:
+        return new or held
+    return max(held, new, key=lambda each: (each.faults + each.pushed_pages, each.residual_ms))
 
 
 def _later(held: Phase, new: Phase) -> Phase:

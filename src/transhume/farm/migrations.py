@@ -32,7 +32,7 @@ from transhume.model.errors import (
     TranshumeError,
 )
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome, Phase
-from transhume.model.orders import BeginOrder, CancelReply, MigrationUpdate, PrepareOrder
+from transhume.model.orders import Adjustment, BeginOrder, CancelReply, MigrationUpdate, PrepareOrder
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +188,19 @@ class Migrations:
         await self._endings.check(record, claim)
         self._last_words[record.id] = (self._clock_s(), claim)
         await self._note(merged(record, update), record)
+
+    async def adjust(self, reference: str, adjustment: Adjustment) -> None:
+        """Give a migration under way other limits, or let it go on after the resume.
+
+        Raises `NotFound`, `Conflict` when it has ended or does not take them, `HostLost` when the source does
+        not answer. Nothing has changed then.
+        """
+        record = await self._find(reference)
+        if record.outcome is not Outcome.RUNNING:
+            raise Conflict(f"migration {record.id} has ended: {record.outcome.value}")
+        reply = await self._members.link(record.source).adjust(record.id, adjustment)
+        if not reply.accepted:
+            raise Conflict(f"migration {record.id} cannot be changed like this: {reply.message}")
 
     async def cancel(self, reference: str) -> CancelReply:
         """Give up a migration, named by its id or by its VM; after the commit, say where the VM runs.

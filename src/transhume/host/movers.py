@@ -22,7 +22,7 @@ from transhume.migration.driver.job import MoverFolder, MoverJob, Role
 from transhume.migration.driver.journal import Journal
 from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, TranshumeError, VmmError
 from transhume.model.migration import Outcome, Phase
-from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
+from transhume.model.orders import Adjustment, AdjustReply, CancelReply, MigrationUpdate, Prepared
 from transhume.vmm.niceness import LEAST_URGENT, USUAL, set_niceness
 
 FINAL_STATES = frozenset({"done", "aborted"})
@@ -50,6 +50,7 @@ class Mover:
         self.writer: asyncio.StreamWriter | None = None
         self.connected = asyncio.Event()
         self.cancels: list[asyncio.Future[CancelReply]] = []
+        self.adjustments: list[asyncio.Future[AdjustReply]] = []
         self.latest: MigrationUpdate | None = None
         self.relay_wanted = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
@@ -132,6 +133,28 @@ class Movers:
             accepted=update is not None and update.outcome in (Outcome.CANCELLED, Outcome.FAILED),
             runs_at=update.runs_at if update else "unknown until the mover answers",
         )
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
+        """Give the source's mover other limits. Raises `NotFound` when it is not here, `HostLost` when it is
+        silent.
+        """
+        mover = self._movers.get(f"{migration}-{Role.SOURCE.value}")
+        if mover is None or mover.ended.is_set():
+            raise NotFound(f"migration {migration} is not under way on this host")
+        if mover.writer is None:
+            raise HostLost(f"the mover of migration {migration} does not answer now; try again")
+        reply: asyncio.Future[AdjustReply] = asyncio.get_running_loop().create_future()
+        mover.adjustments.append(reply)
+        order = {"command": "adjust", "adjustment": adjustment.model_dump(mode="json")}
+        mover.writer.write(json.dumps(order).encode() + b"\n")
+        try:
+            async with asyncio.timeout(CANCEL_LIMIT_S):
+                return await reply
+        except TimeoutError:
+            raise HostLost(f"the mover of migration {migration} does not answer now; try again") from None
+        finally:
+            if reply in mover.adjustments:
+                mover.adjustments.remove(reply)
 
     async def close(self) -> None:
         """Stop to listen; the movers go on."""
@@ -233,6 +256,11 @@ class Movers:
             self._say(mover, MigrationUpdate.model_validate(message["update"]))
         if "prepared" in message and not mover.prepared.done():
             mover.prepared.set_result(Prepared.model_validate(message["prepared"]))
+        if "adjusted" in message and mover.adjustments:
+            # Answers come in the order of the questions.
+            first = mover.adjustments.pop(0)
+            if not first.done():
+                first.set_result(AdjustReply.model_validate(message["adjusted"]))
         if "cancelled" in message:
             reply = CancelReply.model_validate(message["cancelled"])
             for waiting in mover.cancels:

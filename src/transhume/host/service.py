@@ -16,6 +16,8 @@ from transhume.migration.driver.job import MoverJob, Role
 from transhume.model.errors import Conflict, NotFound, Refused
 from transhume.model.host import HostInventory
 from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
     BeginOrder,
     CancelReply,
     DestinationFacts,
@@ -196,6 +198,9 @@ class HostService:
 
     async def cancel(self, migration: str) -> CancelReply:
         return await self._movers.cancel(migration, Role.SOURCE)
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
+        return await self._movers.adjust(migration, adjustment)
 
     async def abandon(self, migration: str) -> None:
         try:

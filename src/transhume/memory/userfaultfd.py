@@ -17,11 +17,14 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import struct
+from dataclasses import dataclass
 
 from transhume.memory.inject import inject_syscall
 from transhume.memory.syscalls import CLOSE, IOCTL, fetch_fd
 from transhume.model.errors import KernelError, VmmError
+from transhume.model.vm import PAGE_BYTES
 
 DEVICE = "/dev/userfaultfd"
 
@@ -47,8 +50,24 @@ _API = 0xC018AA3F
 _REGISTER = 0xC020AA00
 _UNREGISTER = 0x8010AA01
 _WRITEPROTECT = 0xC018AA06
+_WAKE = 0x8010AA02
+_COPY = 0xC028AA03
+_ZEROPAGE = 0xC020AA04
+_COPY_MODE_WP = 2
+_EVENT_PAGEFAULT = 0x12
+_MESSAGE = struct.Struct("<B7xQQI4x")
+_MAX_MESSAGES = 64
 _API_VERSION = 0xAA
 _PROTECT_STEP_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A thread of the other process that waits for a page. `address` is where it wanted to go."""
+
+    address: int
+    thread: int
+    write: bool
 
 
 class Userfaultfd:
@@ -104,6 +123,79 @@ class Userfaultfd:
             except OSError as error:
                 raise self._failure("write-protect", address, length_bytes, error) from None
             return
+
+    def read_faults(self, timeout_s: float) -> list[Fault]:
+        """Wait for threads that miss a page; empty when none did within `timeout_s`."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return []
+        try:
+            data = os.read(self.fd, _MESSAGE.size * _MAX_MESSAGES)
+        except BlockingIOError:
+            return []  # another reader, or the thread was woken meanwhile
+        return [
+            Fault(address, thread, bool(flags & 1))
+            for event, flags, address, thread in _MESSAGE.iter_unpack(data)
+            if event == _EVENT_PAGEFAULT
+        ]
+
+    def copy(self, address: int, source_address: int, length_bytes: int, protect: bool = False) -> int:
+        """Place pages atomically and wake who waits for them; pages that are there already stay as they are.
+
+        `source_address` is in this process. With `protect` the new pages count as clean for the next scan.
+        Returns how many bytes were new. Raises as every call here; what was placed until then stays.
+        """
+        mode = _COPY_MODE_WP if protect else 0
+        done = new = 0
+        while done < length_bytes:
+            argument = bytearray(
+                struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, mode, 0)
+            )
+            try:
+                fcntl.ioctl(self.fd, _COPY, argument)
+                return new + length_bytes - done
+            except OSError as error:
+                step = struct.unpack_from("q", argument, 32)[0]
+                if error.errno == errno.EEXIST:
+                    # Somebody may wait although the page is there: it was placed between fault and message.
+                    self.wake(address + done, PAGE_BYTES)
+                    done += PAGE_BYTES
+                elif error.errno == errno.EAGAIN:
+                    placed = max(0, step)  # negative: the address space was just changing, call again
+                    done += placed
+                    new += placed
+                else:
+                    raise self._failure("fill", address, length_bytes, error) from None
+        return new
+
+    def zero_fill(self, address: int, length_bytes: int) -> int:
+        """As `copy`, with zeros. Returns how many bytes were new."""
+        done = new = 0
+        while done < length_bytes:
+            argument = bytearray(struct.pack("QQQq", address + done, length_bytes - done, 0, 0))
+            try:
+                fcntl.ioctl(self.fd, _ZEROPAGE, argument)
+                return new + length_bytes - done
+            except OSError as error:
+                step = struct.unpack_from("q", argument, 24)[0]
+                if error.errno == errno.EEXIST:
+                    self.wake(address + done, PAGE_BYTES)
+                    done += PAGE_BYTES
+                elif error.errno == errno.EAGAIN:
+                    placed = max(0, step)
+                    done += placed
+                    new += placed
+                else:
+                    raise self._failure("fill", address, length_bytes, error) from None
+        return new
+
+    def wake(self, address: int, length_bytes: int) -> None:
+        """Let every thread that waits in the range look again; who still misses its page faults anew."""
+        try:
+            self._ioctl(_WAKE, struct.pack("QQ", address, length_bytes))
+        except OSError as error:
+            raise self._failure("wake", address, length_bytes, error) from None
 
     def close(self) -> None:
         """Give up this process's duplicate."""

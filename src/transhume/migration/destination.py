@@ -5,6 +5,10 @@ loaded it. The commit is the swap `(source, e) -> (destination, e + 1)`. While t
 or its outcome unknown, nothing else is decided: neither may the VM run nor may it be destroyed. "I gave
 up for good" (`TellPeerFailed`) is said only after the VM here is gone and with no swap under way, so that
 the source may believe it and go on without asking the register.
+
+Pages may be owed when the VM resumes. Then the VM runs here whatever becomes of the connection: a vCPU that
+needs a missing page waits for it, and the source is awaited, for ever unless `give_up_after_s` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class DestinationState(StrEnum):
     COMMITTING = "committing"
     REVOKING = "revoking"
     RESUMING = "resuming"
+    PAGING = "paging"
     RUNNING = "running"
     DESTROYING = "destroying"
     DONE = "done"
@@ -52,6 +57,7 @@ PHASES: dict[DestinationState, Phase] = {
     D.COMMITTING: Phase.STATE_SENT,
     D.REVOKING: Phase.STATE_SENT,
     D.RESUMING: Phase.COMMITTED,
+    D.PAGING: Phase.PAGING,
     D.RUNNING: Phase.RUNNING_AT_DESTINATION,
     D.DESTROYING: Phase.ABORTED,
     D.DONE: Phase.DONE,
@@ -101,7 +107,8 @@ class DestinationMachine(Machine[DestinationState]):
             **_TROUBLE,
             ev.StateReceived: Rule("_state_received", (D.COMMITTING,)),
             ev.StateLoaded: Rule("_state_loaded", (D.COMMITTING,)),
-            ev.LastPagesReceived: Rule("_heard", ()),
+            ev.LastPagesReceived: Rule("_more_owed", ()),
+            ev.AllPaged: Rule("_note_all_paged", ()),
             ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
         },
         D.COMMITTING: {
@@ -120,7 +127,9 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.MigrationKnown,
+                ev.SourceConnected,
             ),
+            ev.AllPaged: Rule("_note_all_paged", ()),
         },
         D.REVOKING: {
             ev.SwapWon: Rule("_revoked", (D.DESTROYING,)),
@@ -137,10 +146,13 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.MigrationKnown,
+                ev.SourceConnected,
             ),
+            ev.AllPaged: Rule("_note_all_paged", ()),
         },
         D.RESUMING: {
-            ev.VmResumed: Rule("_resumed", (D.RUNNING,)),
+            ev.VmResumed: Rule("_resumed", (D.PAGING, D.RUNNING)),
+            ev.AllPaged: Rule("_note_all_paged", ()),
             ev.CommandFailed: Rule("_resume_failed", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
             ev.Tick: Rule("_tick_resuming", ()),
@@ -155,6 +167,26 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.SwapRefused,
                 ev.PeerFinished,
                 ev.MigrationKnown,
+                ev.SourceConnected,
+            ),
+        },
+        D.PAGING: {
+            ev.AllPaged: Rule("_all_paged", (D.RUNNING,)),
+            ev.LinkLost: Rule("_source_lost", ()),
+            ev.SourceConnected: Rule("_source_back", ()),
+            ev.PeerHeard: Rule("_heard", ()),
+            ev.Tick: Rule("_tick_paging", (D.DONE,)),
+            ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
+            **ignored(
+                ev.PeerAborted,
+                ev.PeerFinished,
+                ev.CancelRequested,
+                ev.CommandFailed,
+                ev.MigrationKnown,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
             ),
         },
         D.RUNNING: {
@@ -168,6 +200,8 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.CancelRequested,
                 ev.CommandFailed,
                 ev.MigrationKnown,
+                ev.SourceConnected,
+                ev.AllPaged,
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
@@ -190,6 +224,7 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.LastPagesReceived,
                 ev.StateReceived,
                 ev.StateLoaded,
+                ev.AllPaged,
                 ev.MigrationKnown,
                 ev.SwapWon,
                 ev.SwapLost,
@@ -227,6 +262,9 @@ class DestinationMachine(Machine[DestinationState]):
         self._cancel_wanted = False
         self._never_connected = True
         self._vm_is_lost = False
+        self._owed_pages = 0
+        self._all_here = False
+        self._source_lost_since_s: float | None = None
 
     @property
     def phase(self) -> Phase:
@@ -238,7 +276,12 @@ class DestinationMachine(Machine[DestinationState]):
         """Where the VM runs as far as this end knows, in words."""
         if self._vm_is_lost:
             return f"nowhere: {self.error}"
-        if self.state in (D.RESUMING, D.RUNNING, D.DONE):
+        if self.state is D.PAGING and self._source_lost_since_s is not None:
+            return (
+                f"destination host {self.migration.destination}; it lacks pages that only host "
+                f"{self.migration.source} has, and waits for them"
+            )
+        if self.state in (D.RESUMING, D.PAGING, D.RUNNING, D.DONE):
             return f"destination host {self.migration.destination}"
         if self.state in (D.COMMITTING, D.REVOKING):
             return "unknown until the register answers"
@@ -268,12 +311,13 @@ class DestinationMachine(Machine[DestinationState]):
         self._waiting_since_s = self._asked_s = now_s
         return (ev.Publish(),)
 
-    def _recovered(self, _: ev.Recovered, now_s: float) -> Sequence[Command]:
+    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
         """The predecessor may have sent a commit whose answer nobody read.
 
         So before anything is destroyed the register is moved on: after `(source, e + 1)` no late commit
         of this epoch can succeed.
         """
+        self._owed_pages = 1 if event.owing else 0
         return self._revoke("mover-died", "the destination's mover died", now_s)
 
     def _source_connected(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
@@ -282,8 +326,17 @@ class DestinationMachine(Machine[DestinationState]):
         self._never_connected = False
         return (ev.Publish(),)
 
-    def _last_pages(self, _: ev.LastPagesReceived, now_s: float) -> Sequence[Command]:
+    def _more_owed(self, event: ev.LastPagesReceived, now_s: float) -> Sequence[Command]:
+        self._owed_pages += event.owed_pages
+        return self._heard(event, now_s)
+
+    def _note_all_paged(self, _: ev.AllPaged, now_s: float) -> Sequence[Command]:
+        self._all_here = True
+        return ()
+
+    def _last_pages(self, event: ev.LastPagesReceived, now_s: float) -> Sequence[Command]:
         self.state = D.LOADING
+        self._owed_pages = event.owed_pages
         self._heard_s = now_s
         self._loading_since_s = now_s
         return ()
@@ -334,12 +387,45 @@ class DestinationMachine(Machine[DestinationState]):
         return self._give_up("store-full", event.message)
 
     def _resumed(self, _: ev.VmResumed, now_s: float) -> Sequence[Command]:
+        self._heard_s = now_s
+        running = ev.TellPeerRunning(self._load_s, self.commit_s, now_s - self._resume_since_s)
+        if self._owed_pages == 0:
+            self.state = D.RUNNING
+            return (running, ev.Publish())
+        if self._all_here:
+            self.state = D.RUNNING
+            return (running, ev.TellPeerPaged(), ev.Publish())
+        self.state = D.PAGING
+        return (running, ev.Publish())
+
+    def _all_paged(self, _: ev.AllPaged, now_s: float) -> Sequence[Command]:
         self.state = D.RUNNING
         self._heard_s = now_s
-        return (
-            ev.TellPeerRunning(self._load_s, self.commit_s, now_s - self._resume_since_s),
-            ev.Publish(),
+        return (ev.TellPeerPaged(), ev.Publish())
+
+    def _source_lost(self, _: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        if self._source_lost_since_s is None:
+            self._source_lost_since_s = now_s
+        return (ev.Publish(),)
+
+    def _source_back(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
+        self._source_lost_since_s = None
+        self._heard_s = now_s
+        return (ev.Publish(),)
+
+    def _tick_paging(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        """Wait for a source that was lost, for ever if nobody set a limit: only it has what is missing."""
+        limit_s, since_s = self.migration.options.give_up_after_s, self._source_lost_since_s
+        if limit_s is None or since_s is None or now_s - since_s < limit_s:
+            return ()
+        self._fail(
+            "host-lost",
+            f"host {self.migration.source} was not found again within {limit_s:g} s, and the VM still lacks "
+            "pages that only it has: where it needs one it stands still. End it with `transhume vm kill`",
         )
+        self.outcome = Outcome.FAILED
+        self.state = D.DONE
+        return (ev.Publish(ended=True),)
 
     def _finished(self, _: ev.PeerFinished, now_s: float) -> Sequence[Command]:
         self.state = D.DONE

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transhume.migration.machine import Command, Event
+from transhume.model.migration import MigrationOptions, PagingReport, Rest
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,13 @@ class Started(Event):
 class Recovered(Event):
     """A new mover takes over from one that died.
 
-    `state_may_be_sent` is read from the journal: whether the destination may hold the device state.
+    `state_may_be_sent` is read from the journal: whether the destination may hold the device state. `owing`:
+    whether pages were left for after the resume. `paging`: whether the destination was known to run.
     """
 
     state_may_be_sent: bool
+    owing: bool = False
+    paging: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,10 +156,11 @@ class RegisterSilent(Event):
 
 @dataclass(frozen=True)
 class LastPagesSent(Event):
-    """Every page of the source's RAM has been sent with its final content."""
+    """Every page of the source's RAM has been sent with its final content, or named as owed."""
 
     result: PassResult
     verify_s: float = 0.0
+    owed_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +190,32 @@ class PeerFailed(Event):
 
     code: str
     message: str
+
+
+@dataclass(frozen=True)
+class PeerPaged(Event):
+    """No page is missing at the destination any more."""
+
+    paging: PagingReport
+
+
+@dataclass(frozen=True)
+class Reconnected(Event):
+    """The destination was found again, and has named the pages that it lacks."""
+
+    missing_pages: int
+
+
+@dataclass(frozen=True)
+class SwitchRequested(Event):
+    """A person asks to suspend the VM now and to leave the rest for after the resume."""
+
+
+@dataclass(frozen=True)
+class OptionsChanged(Event):
+    """A person set other limits for the migration under way."""
+
+    options: MigrationOptions
 
 
 @dataclass(frozen=True)
@@ -226,7 +257,14 @@ class PassReceived(Event):
 
 @dataclass(frozen=True)
 class LastPagesReceived(Event):
-    """All RAM is here with its final content."""
+    """All RAM is here with its final content, but for the pages that are owed."""
+
+    owed_pages: int = 0
+
+
+@dataclass(frozen=True)
+class AllPaged(Event):
+    """The last page that was owed is in its place."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +359,12 @@ class PauseVm(Command):
 
 @dataclass(frozen=True)
 class SendLastPages(Command):
-    """Scan once more and send what is left. Answered by LastPagesSent."""
+    """Scan once more and send what is left, or name it as owed; `rest` says when. Answered by LastPagesSent.
+
+    With AFTER_STATE the device state goes first, without its end mark.
+    """
+
+    rest: Rest = Rest.BEFORE_STATE
 
 
 @dataclass(frozen=True)
@@ -346,7 +389,22 @@ class TellPeerFinished(Command):
     """Tell the destination, if it can be reached, that nothing is owed any more."""
 
 
+@dataclass(frozen=True)
+class StartPush(Command):
+    """Send what is owed in the background, if the order of transfer has that. Not answered."""
+
+
+@dataclass(frozen=True)
+class Reconnect(Command):
+    """Find the destination again while pages are owed. Answered by Reconnected or CommandFailed."""
+
+
 # --- commands at the destination -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TellPeerPaged(Command):
+    """Tell the source that no page is missing any more, with what paging was like."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from transhume.migration.events import PassResult
-from transhume.model.migration import MigrationOptions, OnDeadline
+from transhume.model.migration import MigrationOptions, Mode, OnDeadline, Rest
 from transhume.model.vm import PAGE_BYTES
 
 STALL_PASSES = 3
@@ -28,6 +28,12 @@ LOCAL_MINIMUM_PATIENCE_PASSES = 8
 
 RATE_SAMPLE_BYTES = 8 << 20
 """The link's rate is taken over the latest passes that carried at least this much together."""
+
+HOPELESS_SHARE = 0.8
+HOPELESS_SAMPLE_BYTES = 32 << 20
+"""A pass of at least so many bytes that leaves this share of them written will not be followed by a small
+one.
+"""
 
 POLISH_SHARE = 0.1
 """While each pass still halves the rest, go on until the last pages cost this share of the limit."""
@@ -53,6 +59,19 @@ class Decision:
     remaining_pages: int
     converged: bool
     stalled: bool
+    rest: Rest = Rest.BEFORE_STATE
+
+
+def rest_of(options: MigrationOptions) -> Rest:
+    """When the pages that are left at the suspension travel, unless the pre-copy does not converge."""
+    if options.rest is not None:
+        return options.rest
+    return Rest.BOTH if options.mode in (Mode.POST_COPY, Mode.HYBRID) else Rest.BEFORE_STATE
+
+
+def begins_suspended(options: MigrationOptions) -> bool:
+    """Whether no pass is made before the switchover."""
+    return options.mode is Mode.POST_COPY
 
 
 def link_rate_bytes_s(passes: Sequence[PassResult]) -> float:
@@ -107,7 +126,13 @@ def decide(
        the limit; as long as every pass halves the rest it goes on a little, since that costs next to nothing;
     4. when it makes no progress any more: at a local minimum of the dirty set, or after a bounded number of
        further passes, or at `max_iterations`. With `on_deadline` ABORT the limit is a hard promise,
-       and a stall waits for the deadline instead.
+       and a stall waits for the deadline instead;
+    5. after `options.iterations` passes, whatever is left (the patent's push once is 1); in mode HYBRID after
+       one, when neither iterations nor a threshold are given.
+
+    In mode AUTO, where post-copy is allowed, the rest is left for after the resume as soon as the memory is
+    written faster than the link carries it, at a stall and at the deadline: the promise about the downtime is
+    kept, and the pre-copy is not drawn out in vain.
     """
     last = passes[-1]
     remaining_pages = last.dirty_pages_after + last.unsent_pages
@@ -119,8 +144,10 @@ def decide(
     stalled_passes = passes_without_progress(passes)
     stalled = stalled_passes >= STALL_PASSES or len(passes) >= options.max_iterations
     within_limit = predicted_s <= limit_s
+    rest = rest_of(options)
+    may_give_way = options.mode is Mode.AUTO and options.may_page
 
-    def decision(choice: Choice, reason: str) -> Decision:
+    def decision(choice: Choice, reason: str, rest: Rest = rest) -> Decision:
         return Decision(
             choice=choice,
             reason=reason,
@@ -130,12 +157,22 @@ def decide(
             remaining_pages=remaining_pages,
             converged=within_limit,
             stalled=stalled,
+            rest=rest,
         )
 
-    if within_limit and not _polishing(passes, remaining_s, limit_s):
+    if options.iterations is not None and len(passes) >= options.iterations:
+        return decision(Choice.SWITCH, f"{len(passes)} of {options.iterations} passes are made")
+    if within_limit and options.iterations is None and not _polishing(passes, remaining_s, limit_s):
         return decision(Choice.SWITCH, "the predicted downtime is within the limit")
     if _under_threshold(remaining_pages, options, ram_pages):
         return decision(Choice.SWITCH, "the pages left are under the threshold")
+    if options.mode is Mode.HYBRID and options.iterations is None and not _has_threshold(options):
+        return decision(Choice.SWITCH, "one pass is made")
+    if may_give_way:
+        late = elapsed_s >= options.deadline_s and options.on_deadline is OnDeadline.SWITCH
+        reason = _why_it_will_not_converge(passes, rate_bytes_s, stalled, late)
+        if reason:
+            return decision(Choice.SWITCH, reason, options.rest or Rest.BOTH)
     if elapsed_s >= options.deadline_s:
         if options.on_deadline is OnDeadline.ABORT:
             return decision(Choice.ABORT, "the deadline passed before the migration converged")
@@ -150,6 +187,29 @@ def decide(
         if len(passes) >= options.max_iterations:
             return decision(Choice.SWITCH, f"{len(passes)} iterations were made, the most that were allowed")
     return decision(Choice.CONTINUE, "")
+
+
+def _has_threshold(options: MigrationOptions) -> bool:
+    return options.threshold_pages is not None or options.threshold_fraction is not None
+
+
+def _why_it_will_not_converge(
+    passes: Sequence[PassResult], rate_bytes_s: float, stalled: bool, late: bool
+) -> str:
+    """The reason to leave the rest for after the resume; empty while the pre-copy gets somewhere."""
+    last = passes[-1]
+    if late:
+        return "the deadline passed: the rest follows after the resume"
+    if stalled:
+        return "no progress any more: the rest follows after the resume"
+    written_bytes_s = last.dirty_pages_after * PAGE_BYTES / max(last.duration_s, 1e-6)
+    enough = last.wire_bytes >= HOPELESS_SAMPLE_BYTES and last.unsent_pages == 0
+    if enough and written_bytes_s >= HOPELESS_SHARE * rate_bytes_s:
+        return (
+            f"memory is written at {written_bytes_s / 1e6:.0f} MB/s and the link carries "
+            f"{rate_bytes_s / 1e6:.0f}: the rest follows after the resume"
+        )
+    return ""
 
 
 def _under_threshold(remaining_pages: int, options: MigrationOptions, ram_pages: int) -> bool:

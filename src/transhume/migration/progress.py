@@ -37,6 +37,7 @@ class ProgressTracker:
         self._remaining_bytes: int | None = None
         self._samples: deque[tuple[float, int]] = deque([(now_s, 0)])
         self._decision: Decision | None = None
+        self._paging_verdict = ""
         self._native_dirty_rate_bytes_s: float | None = None
         self._native_downtime_ms: float | None = None
 
@@ -56,6 +57,15 @@ class ProgressTracker:
         """A pass is over; `decision` is what the policy made of it."""
         self._remaining_bytes = (result.dirty_pages_after + result.unsent_pages) * PAGE_BYTES
         self._decision = decision
+
+    def paging(self, left_pages: int, source_lost: bool) -> None:
+        """The VM runs at the destination, and so many pages have not gone there yet."""
+        self._remaining_bytes = left_pages * PAGE_BYTES
+        self._paging_verdict = (
+            "the destination is out of reach: it is looked for; the VM waits where it needs a missing page"
+            if source_lost
+            else f"runs at the destination; {left_pages * PAGE_BYTES / 1e6:,.0f} MB are still here"
+        )
 
     def native(
         self,
@@ -132,6 +142,8 @@ class ProgressTracker:
         return pass_s / (1 - shrink)
 
     def _verdict(self, phase: Phase, now_s: float, clock_of: Callable[[float], str]) -> str:
+        if phase is Phase.PAGING:
+            return self._paging_verdict
         if phase is not Phase.PRECOPY:
             return VERDICTS.get(phase, "")
         decision = self._decision

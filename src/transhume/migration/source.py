@@ -5,6 +5,10 @@ While the register says that the source owns the VM, only the source may run it.
 before that lets the VM go on at once. From `STATE` on the destination may win the register at any
 moment, so the source, paused, decides nothing by itself: it swaps `(source, e) -> (source, e + 1)`, and goes
 on only when that swap is known to have been made, or when the destination says that it gave up for good.
+
+When pages are left for after the resume, the source keeps its RAM after the commit until the destination says
+that it lacks none. Whatever breaks meanwhile, it looks for the destination again, for ever: it holds the
+only copy.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import ClassVar
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event, Machine, Rule, ignored
-from transhume.migration.policy import Choice, Decision, decide
+from transhume.migration.policy import Choice, Decision, begins_suspended, decide, rest_of
 from transhume.model.migration import (
     DowntimeReport,
     Engine,
@@ -23,12 +27,17 @@ from transhume.model.migration import (
     Migration,
     MigrationReport,
     Outcome,
+    PagingReport,
     Phase,
+    Rest,
 )
 from transhume.model.vm import PAGE_BYTES
 
 SWAP_RETRY_S = 0.5
 """How long the source waits, paused, before it asks the register again."""
+
+RECONNECT_S = 0.5
+"""How long the source waits before it looks again for a destination that lacks pages."""
 
 RESUME_ATTEMPTS = 5
 FINISH_LIMIT_S = 10.0
@@ -53,6 +62,8 @@ class SourceState(StrEnum):
     RESOLVING = "resolving"
     RESUMING = "resuming"
     COMMITTED = "committed"
+    PAGING = "paging"
+    RECONNECTING = "reconnecting"
     RETIRING = "retiring"
     DONE = "done"
     ABORTED = "aborted"
@@ -70,6 +81,8 @@ PHASES: dict[SourceState, Phase] = {
     SourceState.RESOLVING: Phase.STATE_SENT,
     SourceState.RESUMING: Phase.ABORTED,
     SourceState.COMMITTED: Phase.COMMITTED,
+    SourceState.PAGING: Phase.PAGING,
+    SourceState.RECONNECTING: Phase.PAGING,
     SourceState.RETIRING: Phase.RUNNING_AT_DESTINATION,
     SourceState.DONE: Phase.DONE,
     SourceState.ABORTED: Phase.ABORTED,
@@ -85,6 +98,7 @@ _TROUBLE: dict[type[Event], Rule[StrEnum]] = {
     ev.CancelRequested: Rule("_give_up_cancel", (S.RESUMING,)),
     ev.QemuDied: Rule("_vm_lost", (S.ABORTED,)),
     ev.PeerHeard: Rule("_heard", ()),
+    ev.OptionsChanged: Rule("_options_changed", ()),
 }
 """Before the destination may commit: every trouble ends with the VM going on at the source."""
 
@@ -106,9 +120,11 @@ _UNDECIDED: dict[type[Event], Rule[StrEnum]] = {
     ev.CancelRequested: Rule("_resolve_cancel", (S.RESOLVING,)),
     ev.PeerFailed: Rule("_peer_gave_up_undecided", (S.RESUMING, S.ABORTED)),
     ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
-    ev.PeerRunning: Rule("_running", (S.RETIRING,)),
+    ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
+    ev.PeerPaged: Rule("_note_paged", ()),
     ev.QemuDied: Rule("_qemu_died_undecided", ()),
     ev.PeerHeard: Rule("_heard", ()),
+    ev.OptionsChanged: Rule("_options_changed", ()),
 }
 """While the destination may commit: only the register decides."""
 
@@ -120,7 +136,7 @@ class SourceMachine(Machine[SourceState]):
         S.STARTING: {
             # Whether this mover is the first or a successor is not known yet: nothing may be decided.
             ev.Started: Rule("_started", (S.CONNECTING, S.RESUMING, S.ABORTED)),
-            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING, S.ABORTED)),
+            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING, S.RECONNECTING, S.ABORTED)),
             ev.Tick: Rule("", ()),
             ev.CancelRequested: Rule("_cancel_early", ()),
             ev.CommandFailed: Rule("_resolve_command", (S.RESOLVING,)),
@@ -133,13 +149,14 @@ class SourceMachine(Machine[SourceState]):
         },
         S.ARMING: {
             **_TROUBLE,
-            ev.Armed: Rule("_armed", (S.PRECOPY,)),
+            ev.Armed: Rule("_armed", (S.PRECOPY, S.SUSPENDING)),
             ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
         },
         S.PRECOPY: {
             **_TROUBLE,
             ev.PassEnded: Rule("_pass_ended", (S.SUSPENDING, S.RESUMING)),
             ev.VmPaused: Rule("_native_paused", (S.LAST_PAGES,)),
+            ev.SwitchRequested: Rule("_switch_requested", ()),
             ev.Tick: Rule("_tick_precopy", (S.RESUMING,)),
         },
         S.SUSPENDING: {
@@ -165,12 +182,14 @@ class SourceMachine(Machine[SourceState]):
         S.RESOLVING: {
             **_LATE,
             ev.SwapWon: Rule("_abort_won", (S.RESUMING, S.ABORTED)),
-            ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RETIRING, S.ABORTED)),
+            ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RECONNECTING, S.RETIRING, S.ABORTED)),
             ev.SwapUnknown: Rule("_abort_unknown", ()),
             ev.SwapRefused: Rule("_abort_unknown", ()),
             ev.PeerFailed: Rule("_peer_gave_up_while_resolving", (S.RESUMING, S.ABORTED)),
             ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
-            ev.PeerRunning: Rule("_running", (S.RETIRING,)),
+            ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
+            ev.PeerPaged: Rule("_note_paged", ()),
+            ev.OptionsChanged: Rule("_options_changed", ()),
             ev.Tick: Rule("_tick_resolving", ()),
             ev.QemuDied: Rule("_qemu_died_undecided", ()),
             **ignored(ev.LinkLost, ev.CommandFailed, ev.CancelRequested),
@@ -192,15 +211,60 @@ class SourceMachine(Machine[SourceState]):
             ),
         },
         S.COMMITTED: {
-            ev.PeerRunning: Rule("_running", (S.RETIRING,)),
-            ev.LinkLost: Rule("_retire", (S.RETIRING,)),
-            ev.Tick: Rule("_tick_committed", (S.RETIRING,)),
+            ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
+            ev.PeerPaged: Rule("_note_paged", ()),
+            ev.OptionsChanged: Rule("_options_changed", ()),
+            ev.LinkLost: Rule("_retire", (S.RECONNECTING, S.RETIRING)),
+            ev.Tick: Rule("_tick_committed", (S.RECONNECTING, S.RETIRING)),
             **ignored(
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.CommandFailed,
                 ev.QemuDied,
                 ev.PeerCommitted,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+                ev.PeerFailed,
+                ev.StateSent,
+            ),
+        },
+        S.PAGING: {
+            ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
+            ev.LinkLost: Rule("_look_again", (S.RECONNECTING,)),
+            ev.CommandFailed: Rule("_look_again", (S.RECONNECTING,)),
+            ev.PeerHeard: Rule("_heard", ()),
+            ev.PeerRunning: Rule("_late_running", ()),
+            ev.OptionsChanged: Rule("_options_changed", ()),
+            ev.Tick: Rule("_tick_paging", (S.RECONNECTING,)),
+            **ignored(
+                ev.CancelRequested,
+                ev.QemuDied,
+                ev.PeerCommitted,
+                ev.SwapWon,
+                ev.SwapLost,
+                ev.SwapUnknown,
+                ev.SwapRefused,
+                ev.PeerFailed,
+                ev.StateSent,
+                ev.MigrationKnown,
+            ),
+        },
+        S.RECONNECTING: {
+            ev.Reconnected: Rule("_reconnected", (S.PAGING, S.RETIRING)),
+            ev.CommandFailed: Rule("_reconnect_failed", ()),
+            ev.MigrationKnown: Rule("_migration_known", (S.RETIRING,)),
+            ev.Tick: Rule("_tick_reconnecting", ()),
+            ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
+            ev.OptionsChanged: Rule("_options_changed", ()),
+            **ignored(
+                ev.LinkLost,
+                ev.PeerHeard,
+                ev.CancelRequested,
+                ev.QemuDied,
+                ev.PeerCommitted,
+                ev.PeerRunning,
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
@@ -226,6 +290,9 @@ class SourceMachine(Machine[SourceState]):
                 ev.SwapRefused,
                 ev.PeerFailed,
                 ev.StateSent,
+                ev.PeerPaged,
+                ev.Reconnected,
+                ev.MigrationKnown,
             ),
         },
         S.DONE: {},
@@ -262,6 +329,15 @@ class SourceMachine(Machine[SourceState]):
         self._vm_died = False
         self._cancel_wanted = False
         self._lost_everywhere = False
+        self._rest = Rest.BEFORE_STATE
+        self._switch_wanted = False
+        self._owing = False
+        self._owed_pages = 0
+        self._paging: PagingReport | None = None
+        self._paging_since_s: float | None = None
+        self._residual_s = 0.0
+        self._reconnecting = False
+        self._reconnect_due_s = now_s
 
     # --- what others may ask ---------------------------------------------------------------------
 
@@ -273,7 +349,24 @@ class SourceMachine(Machine[SourceState]):
     @property
     def past_point_of_no_return(self) -> bool:
         """Whether the VM is known to be the destination's."""
-        return self.state in (S.COMMITTED, S.RETIRING, S.DONE)
+        return self.state in (S.COMMITTED, S.PAGING, S.RECONNECTING, S.RETIRING, S.DONE)
+
+    @property
+    def rest(self) -> Rest:
+        """When the pages left at the suspension travel, as far as it is decided."""
+        return self._rest
+
+    @property
+    def deadline_s(self) -> float:
+        """When the deadline passes, on the monotonic clock."""
+        return self._started_s + self.migration.options.deadline_s
+
+    @property
+    def order(self) -> str:
+        """The order of transfer in words, as it was or will be."""
+        count = len(self.passes)
+        passes = "no pre-copy pass" if count == 0 else f"{count} pre-copy pass{'es' if count > 1 else ''}"
+        return f"{passes}, rest {self._rest.value}"
 
     @property
     def runs_at(self) -> str:
@@ -325,7 +418,17 @@ class SourceMachine(Machine[SourceState]):
             total_ms=(now_s - self._started_s) * 1000,
             converged=self._converged,
             switch_reason=self.switch_reason,
+            order=self.order,
+            paging=self._paging_report(now_s),
         )
+
+    def _paging_report(self, now_s: float) -> PagingReport | None:
+        if not self._owing:
+            return None
+        since_s = self._paging_since_s
+        residual_s = self._residual_s or (now_s - since_s if since_s is not None else 0.0)
+        known = self._paging or PagingReport(owed_pages=self._owed_pages)
+        return known.model_copy(update={"residual_ms": residual_s * 1000})
 
     # --- the way there ---------------------------------------------------------------------------
 
@@ -344,6 +447,9 @@ class SourceMachine(Machine[SourceState]):
 
     def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
         """A successor cannot go on with the pre-copy: the tracker's state died with its predecessor."""
+        self._owing = event.owing
+        if event.paging:
+            return self._look_again(event, now_s)
         self._fail(Outcome.FAILED, "mover-died", "the source's mover died; its successor ended the migration")
         if event.state_may_be_sent:
             return self._ask_register(now_s)
@@ -361,7 +467,23 @@ class SourceMachine(Machine[SourceState]):
         self._switchover_cost_s = event.switchover_cost_s
         if self.migration.options.engine is Engine.QEMU:
             return (ev.RunNative(), ev.Publish())
+        if begins_suspended(self.migration.options):
+            self._rest = rest_of(self.migration.options)
+            self.switch_reason = "no pass before the switchover was asked for"
+            return self._suspend(now_s)
         return (ev.SendPass(0), ev.Publish())
+
+    def _suspend(self, now_s: float) -> Sequence[Command]:
+        self.state = S.SUSPENDING
+        self._pausing_s = now_s
+        # No report: both daemons would be busy with it while the VM stands still. The clock's comes soon.
+        return (ev.PauseVm(),)
+
+    def _switch_requested(self, _: ev.SwitchRequested, now_s: float) -> Sequence[Command]:
+        """The driver lets this through only when the destination is prepared for faults."""
+        self._switch_wanted = True
+        self._interrupting = True
+        return (ev.InterruptPass(),)
 
     def _pass_ended(self, event: ev.PassEnded, now_s: float) -> Sequence[Command]:
         self.passes.append(event.result)
@@ -374,21 +496,26 @@ class SourceMachine(Machine[SourceState]):
         )
         self.last_decision = decision
         self._predicted_downtime_s = decision.predicted_downtime_s
+        self._interrupting = False
+        if self._switch_wanted:
+            self.switch_reason = "post-copy was asked for while it ran"
+            self._rest = Rest.BOTH
+            return self._suspend(now_s)
         if decision.choice is Choice.ABORT:
             return self._abort(Outcome.FAILED, "deadline", decision.reason)
         if decision.choice is Choice.SWITCH:
             self.switch_reason = decision.reason
             self._converged = decision.converged
-            self.state = S.SUSPENDING
-            self._pausing_s = now_s
-            # No report: both daemons would be busy with it while the VM stands still. The clock's comes soon.
-            return (ev.PauseVm(),)
+            self._rest = decision.rest
+            return self._suspend(now_s)
         return (ev.SendPass(event.result.index + 1),)
 
     def _not_now(self, event: ev.RegisterSilent, now_s: float) -> Sequence[Command]:
         """Go on with the pre-copy until the register answers, or until the deadline."""
         if now_s - self._started_s >= self.migration.options.deadline_s:
             return self._abort(Outcome.FAILED, "store", f"the register did not answer: {event.message}")
+        if begins_suspended(self.migration.options):
+            return (ev.PauseVm(),)
         self.state = S.PRECOPY
         return (ev.SendPass(len(self.passes)), ev.Publish())
 
@@ -405,11 +532,13 @@ class SourceMachine(Machine[SourceState]):
         self._pausing_s = self._pausing_s if event.since_s is None else event.since_s
         self._marks_s["paused"] = now_s
         self._downtime = self._downtime.model_copy(update={"stop_ms": (now_s - self._pausing_s) * 1000})
-        return (ev.SendLastPages(),)
+        return (ev.SendLastPages(self._rest),)
 
     def _last_pages_sent(self, event: ev.LastPagesSent, now_s: float) -> Sequence[Command]:
         self.state = S.STATE
         self._last_pages = event.result
+        self._owed_pages = event.owed_pages
+        self._owing = event.owed_pages > 0
         self._marks_s["last-pages"] = now_s
         last_pages_s = now_s - self._marks_s["paused"] - event.verify_s
         self._downtime = self._downtime.model_copy(
@@ -424,7 +553,8 @@ class SourceMachine(Machine[SourceState]):
         self._downtime = self._downtime.model_copy(
             update={"state_out_ms": (now_s - self._marks_s["last-pages"]) * 1000}
         )
-        return ()
+        # At once: to load the device state may need a page, and in mode background nobody asks for it.
+        return (ev.StartPush(),) if self._owing else ()
 
     def _committed(self, _: ev.PeerCommitted, now_s: float) -> Sequence[Command]:
         self.state = S.COMMITTED
@@ -435,6 +565,10 @@ class SourceMachine(Machine[SourceState]):
     def _running(self, event: ev.PeerRunning, now_s: float) -> Sequence[Command]:
         self._late_running(event, now_s)
         self._clear_failure()
+        if self._owing and self._paging is None:
+            self.state = S.PAGING
+            self._heard_s = self._paging_since_s = now_s
+            return (ev.Publish(),)
         self.state = S.RETIRING
         return (ev.Publish(), ev.RetireVm())
 
@@ -450,9 +584,64 @@ class SourceMachine(Machine[SourceState]):
         )
         return ()
 
-    def _retire(self, _: Event, now_s: float) -> Sequence[Command]:
+    def _retire(self, event: Event, now_s: float) -> Sequence[Command]:
+        if self._owing and self._paging is None:
+            return self._look_again(event, now_s)
         self.state = S.RETIRING
         return (ev.StopWork(), ev.Publish(), ev.RetireVm())
+
+    # --- pages owed after the resume -------------------------------------------------------------
+
+    def _note_paged(self, event: ev.PeerPaged, now_s: float) -> Sequence[Command]:
+        self._paging = event.paging
+        return ()
+
+    def _paged(self, event: ev.PeerPaged, now_s: float) -> Sequence[Command]:
+        self._paging = event.paging
+        return self._all_paged(now_s)
+
+    def _all_paged(self, now_s: float) -> Sequence[Command]:
+        if self._paging_since_s is not None:
+            self._residual_s = now_s - self._paging_since_s
+        self.state = S.RETIRING
+        return (ev.Publish(), ev.RetireVm())
+
+    def _look_again(self, _: Event, now_s: float) -> Sequence[Command]:
+        """The destination cannot be reached, and lacks pages that nobody else has."""
+        self.state = S.RECONNECTING
+        self._clear_failure()
+        if self._paging_since_s is None:
+            self._paging_since_s = now_s
+        self._reconnecting = True
+        return (ev.StopWork(), ev.Publish(), ev.Reconnect())
+
+    def _reconnected(self, event: ev.Reconnected, now_s: float) -> Sequence[Command]:
+        self._reconnecting = False
+        self._heard_s = now_s
+        if event.missing_pages == 0:
+            return self._all_paged(now_s)
+        self.state = S.PAGING
+        return (ev.StartPush(), ev.Publish())
+
+    def _reconnect_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        if event.command != ev.Reconnect.__name__:
+            return ()
+        self._reconnecting = False
+        self._reconnect_due_s = now_s + RECONNECT_S
+        return ()
+
+    def _tick_reconnecting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._reconnecting or now_s < self._reconnect_due_s:
+            return ()
+        self._reconnecting = True
+        # The destination may have all it needs, and have ended before its word came through.
+        return (ev.Reconnect(), ev.AskController())
+
+    def _migration_known(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        return () if event.going_on else self._all_paged(now_s)
+
+    def _tick_paging(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._look_again(self._silence(), now_s) if self._silent(now_s) else ()
 
     def _retired(self, _: ev.VmRetired, now_s: float) -> Sequence[Command]:
         self.state = S.DONE
@@ -573,6 +762,10 @@ class SourceMachine(Machine[SourceState]):
     def _qemu_died_undecided(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
         """The destination may have all it needs: only if it does not commit is the VM lost."""
         self._vm_died = True
+        return ()
+
+    def _options_changed(self, event: ev.OptionsChanged, now_s: float) -> Sequence[Command]:
+        self.migration = self.migration.model_copy(update={"options": event.options})
         return ()
 
     # --- time ------------------------------------------------------------------------------------

@@ -20,6 +20,19 @@ One TCP connection carries one migration. The source connects, the destination s
        |  <-------------------- RUNNING  vCPUs run at the destination
        |  FINISHED --------------------->  the source has let go of the VM
 
+When pages are left for after the resume, OWED names them where PAGES would have carried them, and the
+destination loads the device state only after STATE_END, for loading may touch them. A second connection, with
+the role `fault`, was made before the VM was suspended::
+
+       |  <---------------------- FETCH  (fault) a vCPU waits for these pages
+       |  PAGES, ZERO ------------------>  (fault) exactly those
+       |  PAGES, ZERO ... -------------->  (main) the background push
+       |  <---------------------- PAGED  no page is missing any more
+
+Either end may lose the other meanwhile. The source connects again, with both roles, and the destination,
+which alone knows, names what it lacks in MISSING frames and ends them with MISSING_END before the push goes
+on.
+
 At any time: PING from the source, answered by PONG; ABORT from the source; FAILED from the destination.
 Who closes without one of the last three is a lost host to the other end.
 
@@ -30,15 +43,16 @@ Every frame is a header of 28 bytes, little-endian, and a payload:
      4     2   version of the protocol
      6     1   type; 0 is invalid, so that zeroed memory never parses
      7     1   flags; none is defined: zero
-     8     2   RAM block index (PAGES, ZERO), else zero
+     8     2   RAM block index (frames with runs), else zero
     10     2   zero
-    12     4   number of runs (PAGES, ZERO), else zero
+    12     4   number of runs (frames with runs), else zero
     16     8   length of the payload in bytes
     24     4   CRC-32 of the 24 bytes before
 
 The payload of PAGES is the table of runs (u32 first page, u32 number of pages; sorted, disjoint) and
-then the content of these pages in that order; that of ZERO is such a table alone: these pages are all
-zeros. The payload of STATE is raw bytes. Every other payload is a JSON object of at most 64 KiB.
+then the content of these pages in that order; that of ZERO, OWED, FETCH and MISSING is such a table alone;
+the pages of ZERO are all zeros. The payload of STATE is raw bytes. Every other payload is a JSON object of at
+most 64 KiB.
 
 The header's layout and the CHALLENGE never change, so that two ends of any versions can name them
 both when they cannot talk. The source chooses the newest version that both speak.
@@ -67,6 +81,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transhume.memory import runs as page_runs
 from transhume.memory.runs import Runs
 from transhume.model.errors import PeerProtocolError, Unauthorized
+from transhume.model.migration import PagingReport
 from transhume.model.vm import PAGE_BYTES, RamBlock
 
 VERSION = 1
@@ -78,7 +93,7 @@ MAX_STATE_CHUNK_BYTES = 1 << 20
 MAX_STATE_BYTES = 1 << 30
 MAX_RUNS = 4096
 MAX_PAGES = 4096
-"""The most page content in one PAGES frame: 16 MiB. A ZERO frame may name any number of pages."""
+"""The most page content in one PAGES frame: 16 MiB. A frame that only names pages may name any number."""
 
 Bytes = bytes | bytearray | memoryview
 """Whatever holds contiguous bytes."""
@@ -103,6 +118,7 @@ class FrameType(IntEnum):
     PING = 8
     ABORT = 9
     FINISHED = 10
+    OWED = 11
     CHALLENGE = 32
     WELCOME = 33
     PASS_ACK = 34
@@ -112,6 +128,10 @@ class FrameType(IntEnum):
     RUNNING = 38
     FAILED = 39
     PONG = 40
+    FETCH = 41
+    MISSING = 42
+    MISSING_END = 43
+    PAGED = 44
 
     @property
     def from_source(self) -> bool:
@@ -123,6 +143,7 @@ class Role(StrEnum):
 
     MAIN = "main"
     NATIVE = "native"
+    FAULT = "fault"
 
 
 class End(StrEnum):
@@ -134,7 +155,7 @@ class End(StrEnum):
 
 @dataclass(frozen=True)
 class Header:
-    """A valid header. `run_count` and `block_index` are zero for types other than PAGES and ZERO."""
+    """A valid header. `run_count` and `block_index` are zero for frames without runs."""
 
     type: FrameType
     payload_bytes: int
@@ -287,6 +308,20 @@ class Finished(Message):
     frame_type = FrameType.FINISHED
 
 
+class MissingEnd(Message):
+    """After a new connection: the MISSING frames before named every page that the destination lacks."""
+
+    frame_type = FrameType.MISSING_END
+    pages: int = _Count
+
+
+class Paged(Message):
+    """No page is missing at the destination any more; what paging was like there."""
+
+    frame_type = FrameType.PAGED
+    paging: PagingReport
+
+
 _MESSAGES: dict[FrameType, type[Message]] = {
     each.frame_type: each
     for each in (
@@ -306,8 +341,13 @@ _MESSAGES: dict[FrameType, type[Message]] = {
         Pong,
         Abort,
         Finished,
+        MissingEnd,
+        Paged,
     )
 }
+
+TABLE_FRAMES = frozenset({FrameType.ZERO, FrameType.OWED, FrameType.FETCH, FrameType.MISSING})
+"""Frames that are a table of runs and nothing else."""
 
 
 def encode_message(message: Message, version: int = VERSION) -> bytes:
@@ -332,9 +372,15 @@ def encode_pages(block_index: int, runs: Runs, version: int = VERSION) -> bytes:
 
 def encode_zero(block_index: int, runs: Runs, version: int = VERSION) -> bytes:
     """A whole ZERO frame."""
+    return encode_table(FrameType.ZERO, block_index, runs, version)
+
+
+def encode_table(kind: FrameType, block_index: int, runs: Runs, version: int = VERSION) -> bytes:
+    """A whole frame that names pages: ZERO, OWED, FETCH or MISSING."""
+    assert kind in TABLE_FRAMES
     assert 0 < len(runs) <= MAX_RUNS
     table = runs.astype("<u4").tobytes()
-    return _encode_header(FrameType.ZERO, len(table), block_index, len(runs), version) + table
+    return _encode_header(kind, len(table), block_index, len(runs), version) + table
 
 
 def encode_state_header(chunk_bytes: int, version: int = VERSION) -> bytes:
@@ -383,7 +429,7 @@ class Decoder:
 
     `peer` says which end that is: frames of the other direction are refused. `version` is the one agreed
     on; until the caller sets it (from HELLO's header, or by `choose_version`) all that we speak pass.
-    `block_pages` holds the number of pages of each RAM block; PAGES and ZERO are refused while it is empty.
+    `block_pages` holds the number of pages of each RAM block; frames with runs are refused while it is empty.
     """
 
     def __init__(self, peer: End, block_pages: Sequence[int] = (), version: int | None = None) -> None:
@@ -425,7 +471,7 @@ class Decoder:
             raise _wrong(header, f"is malformed: {where}: {first['msg']}") from None
 
     def runs(self, header: Header, table: Bytes) -> Runs:
-        """Decode the table of runs of a PAGES or ZERO frame; all of them lie inside the block."""
+        """Decode the table of a frame with runs; all of them lie inside the block."""
         if len(table) != header.table_bytes:
             raise _wrong(header, f"has a table of {len(table)} bytes for {header.run_count} runs")
         runs = np.frombuffer(table, dtype="<u4").astype(np.int64).reshape(-1, 2)
@@ -453,7 +499,7 @@ class Decoder:
         kind, length = header.type, header.payload_bytes
         if kind is FrameType.INVALID or kind.from_source != (self.peer is End.SOURCE):
             raise _wrong(header, f"must not come from the {self.peer.value}")
-        if kind in (FrameType.PAGES, FrameType.ZERO):
+        if kind is FrameType.PAGES or kind in TABLE_FRAMES:
             self._check_runs_header(header)
         elif header.block_index or header.run_count:
             raise _wrong(header, "names a RAM block or runs")

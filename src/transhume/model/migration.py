@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Engine(StrEnum):
@@ -19,6 +19,37 @@ class OnDeadline(StrEnum):
 
     SWITCH = "switch"
     ABORT = "abort"
+
+
+class Mode(StrEnum):
+    """In which order memory and the switchover come (claims 1 to 13).
+
+    `AUTO` begins as `PRE_COPY` and leaves the rest for after the resume when it will not converge.
+    """
+
+    AUTO = "auto"
+    PRE_COPY = "pre-copy"
+    POST_COPY = "post-copy"
+    HYBRID = "hybrid"
+
+
+class Rest(StrEnum):
+    """When the pages that are left at the suspension travel.
+
+    Before or after the device state while the VM is suspended (claims 2 to 7 and 11), or after the resume
+    (claims 8 to 10): when a vCPU needs them, by themselves in the background, or both.
+    """
+
+    BEFORE_STATE = "before-state"
+    AFTER_STATE = "after-state"
+    ON_DEMAND = "on-demand"
+    BACKGROUND = "background"
+    BOTH = "both"
+
+    @property
+    def after_resume(self) -> bool:
+        """Whether pages are owed while the VM already runs at the destination."""
+        return self in (Rest.ON_DEMAND, Rest.BACKGROUND, Rest.BOTH)
 
 
 class Phase(StrEnum):
@@ -54,6 +85,11 @@ class MigrationOptions(BaseModel):
     from the request. `peer_silence_limit_s` is how long the other end may say nothing;
     `wait_limit_s` how long a prepared destination waits for its source (step 3A). `verify` compares a
     hash of all RAM at the switchover, which lengthens the downtime by the time to read it.
+
+    `mode` and `rest` choose the order of transfer; `rest` is None when the mode decides. `iterations` ends
+    the pre-copy after so many passes, whatever is left then. `post_copy` False keeps every page from being
+    owed after the resume. `give_up_after_s` is how long a destination that lacks pages waits for a lost
+    source (None: for ever).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +105,42 @@ class MigrationOptions(BaseModel):
     peer_silence_limit_s: float = Field(default=10.0, gt=0)
     wait_limit_s: float = Field(default=60.0, gt=0)
     verify: bool = False
+    mode: Mode = Mode.AUTO
+    rest: Rest | None = None
+    iterations: int | None = Field(default=None, ge=1)
+    post_copy: bool = True
+    give_up_after_s: float | None = Field(default=None, gt=0)
+
+    @property
+    def may_page(self) -> bool:
+        """Whether pages may be owed after the resume, so that the destination prepares for faults."""
+        if self.engine is Engine.QEMU:
+            return False
+        if self.rest is not None:
+            return self.rest.after_resume
+        return self.mode in (Mode.POST_COPY, Mode.HYBRID) or (self.mode is Mode.AUTO and self.post_copy)
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> MigrationOptions:
+        after_resume = self.rest is not None and self.rest.after_resume
+        if not self.post_copy and (self.mode in (Mode.POST_COPY, Mode.HYBRID) or after_resume):
+            raise ValueError(
+                f"post-copy is forbidden, and {self.rest or self.mode} needs it: "
+                "allow it, or choose another order"
+            )
+        if self.mode in (Mode.POST_COPY, Mode.HYBRID) and self.rest is not None and not after_resume:
+            raise ValueError(
+                f"mode {self.mode} leaves pages for after the resume, and rest {self.rest} does not"
+            )
+        if self.mode is Mode.POST_COPY and self.iterations is not None:
+            raise ValueError("mode post-copy makes no pass before the switchover: leave the iterations out")
+        if self.engine is Engine.QEMU and (
+            self.mode in (Mode.POST_COPY, Mode.HYBRID) or self.rest is not None or self.iterations is not None
+        ):
+            raise ValueError(
+                "QEMU's own engine knows pre-copy only: choose engine transhume, or mode pre-copy"
+            )
+        return self
 
 
 class IterationReport(BaseModel):
@@ -108,6 +180,35 @@ class DowntimeReport(BaseModel):
     total_ms: float = 0.0
 
 
+class PagingReport(BaseModel):
+    """What happened while the VM ran at the destination and pages were still owed.
+
+    A fault is a vCPU (or QEMU) that needed a page which had not come: its latency is the time from the
+    kernel's notice to the page's placing. `latency_us_histogram` counts faults under each power of two of
+    microseconds. `waited_ms` sums up the latencies; `residual_ms` is the time during which the destination
+    needed the source. `sent_twice_bytes` came once on demand and once in the background. `link_lost_ms` is
+    the time without a connection, `link_losses` how often that began.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    owed_pages: int = 0
+    faults: int = 0
+    fetched_pages: int = 0
+    pushed_pages: int = 0
+    zero_filled_pages: int = 0
+    fault_p50_us: float = 0.0
+    fault_p99_us: float = 0.0
+    fault_max_us: float = 0.0
+    latency_us_histogram: dict[int, int] = {}
+    waited_ms: float = 0.0
+    residual_ms: float = 0.0
+    sent_twice_bytes: int = 0
+    link_losses: int = 0
+    link_lost_ms: float = 0.0
+    written_pages: int = 0
+
+
 class MigrationReport(BaseModel):
     """What was measured. Complete when the migration has ended; what is unknown is absent or zero."""
 
@@ -122,6 +223,8 @@ class MigrationReport(BaseModel):
     total_ms: float = 0.0
     converged: bool | None = None
     switch_reason: str = ""
+    order: str = ""
+    paging: PagingReport | None = None
 
 
 class Progress(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from transhume.model.migration import Migration, MigrationReport, Outcome, Phase, Progress
 from transhume.model.vm import RamBlock, VmSpec, VmState
@@ -104,6 +104,30 @@ class CancelReply(BaseModel):
 
     accepted: bool
     runs_at: str
+
+
+class Adjustment(BaseModel):
+    """Other limits for a migration under way; what is None stays as it is. A bandwidth of 0 means no limit.
+
+    `switch_to_post_copy` suspends the VM as soon as the batch in hand is sent, and leaves the rest for after
+    the resume.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bandwidth_bytes_s: int | None = Field(default=None, ge=0)
+    max_downtime_ms: float | None = Field(default=None, gt=0)
+    deadline_s: float | None = Field(default=None, gt=0)
+    switch_to_post_copy: bool = False
+
+
+class AdjustReply(BaseModel):
+    """Whether the mover took an adjustment, or in words why not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    accepted: bool
+    message: str = ""
 
 
 class SwapReply(BaseModel):

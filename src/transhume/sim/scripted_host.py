@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Mapping
 from transhume.model.errors import Conflict, NotFound, Refused, TranshumeError
 from transhume.model.host import HostInventory
 from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
     BeginOrder,
     CancelReply,
     DestinationFacts,
@@ -52,6 +54,8 @@ class ScriptedHost:
         self.waits: dict[str, asyncio.Event] = {}
         self.calls: list[str] = []
         self.prepared: dict[str, PrepareOrder] = {}
+        self.adjustments: list[Adjustment] = []
+        self.refuses_adjustments = ""
         self.begun: dict[str, BeginOrder] = {}
         self.abandoned: list[str] = []
         self.cancel_reply: CancelReply | None = None
@@ -151,6 +155,13 @@ class ScriptedHost:
         if migration not in self.begun:
             raise NotFound(f"host {self.name} knows nothing of migration {migration}")
         return self.cancel_reply or CancelReply(accepted=True, runs_at=self.name)
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
+        await self._step("adjust")
+        if migration not in self.begun:
+            raise NotFound(f"host {self.name} knows nothing of migration {migration}")
+        self.adjustments.append(adjustment)
+        return AdjustReply(accepted=not self.refuses_adjustments, message=self.refuses_adjustments)
 
     async def abandon(self, migration: str) -> None:
         await self._step("abandon")

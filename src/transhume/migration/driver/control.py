@@ -1,7 +1,8 @@
 """The mover's control socket: the daemon listens to updates and passes on a person's wishes.
 
 One JSON object a line, both ways. From the mover: `{"update": {...}}`, `{"prepared": {...}}` and, as the
-answer to a cancel, `{"cancelled": {...}}`. To the mover: `{"command": "cancel"}`.
+answer to a cancel, `{"cancelled": {...}}`, to an adjustment `{"adjusted": {...}}`. To the mover:
+`{"command": "cancel"}` and `{"command": "adjust", "adjustment": {...}}`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from transhume.model.orders import CancelReply, MigrationUpdate, Prepared
+from pydantic import BaseModel
+
+from transhume.model.orders import Adjustment, AdjustReply, CancelReply, MigrationUpdate, Prepared
 
 LINE_LIMIT_BYTES = 4 << 20
 
@@ -24,6 +27,7 @@ class ControlServer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.cancel: Callable[[], Awaitable[CancelReply]] | None = None
+        self.adjust: Callable[[Adjustment], AdjustReply] | None = None
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._latest: dict[str, bytes] = {}
@@ -70,9 +74,12 @@ class ControlServer:
             for line in list(self._latest.values()):
                 writer.write(line)
             while line := await reader.readline():
-                if _command(line) == "cancel" and self.cancel is not None:
-                    reply = await self.cancel()
-                    writer.write(json.dumps({"cancelled": reply.model_dump(mode="json")}).encode() + b"\n")
+                message = _message(line)
+                if message.get("command") == "cancel" and self.cancel is not None:
+                    _answer(writer, "cancelled", await self.cancel())
+                elif message.get("command") == "adjust" and self.adjust is not None:
+                    adjustment = Adjustment.model_validate(message.get("adjustment"))
+                    _answer(writer, "adjusted", self.adjust(adjustment))
         except (OSError, ValueError):
             pass  # a daemon that died or spoke nonsense loses its connection, nothing else
         finally:
@@ -80,7 +87,11 @@ class ControlServer:
             writer.close()
 
 
-def _command(line: bytes) -> object:
+def _answer(writer: asyncio.StreamWriter, key: str, reply: BaseModel) -> None:
+    writer.write(json.dumps({key: reply.model_dump(mode="json")}).encode() + b"\n")
+
+
+def _message(line: bytes) -> dict[str, Any]:
     """What a line asks for. Raises `ValueError` when it is no JSON object."""
     try:
         message = json.loads(line)
@@ -88,4 +99,4 @@ def _command(line: bytes) -> object:
         raise ValueError("brackets without end") from None
     if not isinstance(message, dict):
         raise ValueError("no object")
-    return message.get("command")
+    return message

@@ -15,30 +15,35 @@ import threading
 import time
 from collections.abc import Mapping
 
+from transhume.memory import runs as page_runs
 from transhume.memory.digest import digest
 from transhume.memory.ram import GuestRam
+from transhume.memory.runs import Runs
+from transhume.memory.userfaultfd import Userfaultfd, find_existing
 from transhume.migration import events as ev
 from transhume.migration import wire
 from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.driver.attach import attach_userfaultfd
 from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.handshake import Identity, accept
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, end
+from transhume.migration.driver.owed_file import OwedFile
 from transhume.migration.machine import Command, Event
 from transhume.migration.register import Register
 from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.pager import Pager
 from transhume.migration.transfer.receiver import PageReceiver
 from transhume.model.errors import (
     HostLost,
     KernelError,
-    NotFound,
     PeerProtocolError,
     TranshumeError,
     Unauthorized,
     VmmError,
 )
-from transhume.model.migration import Engine, Outcome
+from transhume.model.migration import Engine, Outcome, Rest
 from transhume.model.orders import MigrationUpdate, Prepared
 from transhume.vmm.device_state import IncomingState, prepare_load
 from transhume.vmm.launch import launch
@@ -51,8 +56,6 @@ from transhume.vmm.process import QemuProcess, find_running
 KEY_BYTES = 32
 BACKLOG_CONNECTIONS = 8
 
-COMMITTED_STATES = frozenset({DestinationState.RESUMING.value, DestinationState.RUNNING.value})
-
 
 class DestinationDriver(Driver[DestinationState]):
     """The destination's mover."""
@@ -64,6 +67,7 @@ class DestinationDriver(Driver[DestinationState]):
             ev.ResumeVm,
             ev.TellPeerCommitted,
             ev.TellPeerRunning,
+            ev.TellPeerPaged,
             ev.DestroyVm,
             ev.TellPeerFailed,
         }
@@ -107,17 +111,25 @@ class DestinationDriver(Driver[DestinationState]):
         self._heard_bytes = 0
         self._beat_s = 0.0
         self._closing = False
+        self._owed_file = OwedFile(journal.folder)
+        self._uffd: Userfaultfd | None = None
+        self._pager: Pager | None = None
+        self._pager_thread: threading.Thread | None = None
+        self._fault_channel: FrameChannel | None = None
+        self._state_may_load = asyncio.Event()
+        self._owed: list[Runs] = []
 
     # --- the frame's questions -------------------------------------------------------------------
 
     def handlers(self) -> Mapping[type[Command], Handler]:
         return {
-            ev.AskController: self._ask_controller,
+            ev.AskController: self.ask_controller,
             ev.SwapToDestination: self.swap_to_destination,
             ev.SwapToSource: self.swap_to_source,
             ev.ResumeVm: self._resume_vm,
             ev.TellPeerCommitted: self._tell_peer_committed,
             ev.TellPeerRunning: self._tell_peer_running,
+            ev.TellPeerPaged: self._tell_peer_paged,
             ev.DestroyVm: self._destroy_vm,
             ev.TellPeerFailed: self._tell_peer_failed,
         }
@@ -126,6 +138,7 @@ class DestinationDriver(Driver[DestinationState]):
     def past_point_of_no_return(self) -> bool:
         return self._destination.state in (
             DestinationState.RESUMING,
+            DestinationState.PAGING,
             DestinationState.RUNNING,
             DestinationState.DONE,
         )
@@ -134,7 +147,8 @@ class DestinationDriver(Driver[DestinationState]):
         """Make the VM and open the port (steps 2 to 4); a successor only looks what is there."""
         if self._predecessor_state is not None:
             await self._attach_vm()
-            return ev.Recovered(state_may_be_sent=True)
+            owing = await self._take_over_paging()
+            return ev.Recovered(state_may_be_sent=True, owing=owing)
         launched = await launch(self.job.spec, self._paths, vm_user=self._vm_user, incoming=True)
         await launched.monitor.close()  # that socket is the daemon's
         self._watch_process(launched.process)
@@ -143,6 +157,8 @@ class DestinationDriver(Driver[DestinationState]):
         await asyncio.to_thread(self._ram.punch_all)  # whatever QEMU wrote at its start is not the guest's
         if self._options.engine is Engine.TRANSHUME:
             await prepare_load(self._monitor)
+            if self._options.may_page:
+                self._uffd = await attach_userfaultfd(self._monitor, launched.process.pid)
             self._incoming = await IncomingState.begin(self._monitor)
             self._loading = asyncio.create_task(self._load_state(), name="load")
         self.warm_up_register()
@@ -188,14 +204,19 @@ class DestinationDriver(Driver[DestinationState]):
             self._listener.close()
         for task in (self._acceptor, self._loading, self._watcher):
             await end(task)
-        for channel in (self._channel, self._native_channel):
+        if self._pager is not None:
+            self._pager.stop()
+        channels = (self._channel, self._native_channel, self._fault_channel)
+        for channel in channels:
             if channel is not None:
                 channel.shutdown()
-        for thread in self._threads:
+        for thread in (*self._threads, *([self._pager_thread] if self._pager_thread else [])):
             await asyncio.to_thread(thread.join)
-        for channel in (self._channel, self._native_channel):
+        for channel in channels:
             if channel is not None:
                 channel.close()
+        if self._uffd is not None:
+            self._uffd.close()
         if self._incoming is not None:
             self._incoming.close()
         if self._native is not None:
@@ -232,10 +253,17 @@ class DestinationDriver(Driver[DestinationState]):
         return self._monitor
 
     def _listen(self) -> None:
+        port = self._open_port(0)
+        self._owed_file.write_listening(port, self._key)
+        self.control.prepared(Prepared(address=self._address, port=port, key=self._key.hex()))
+
+    def _open_port(self, wanted: int) -> int:
+        """Listen at a port (0: any). Raises `HostLost` when that cannot be."""
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
-            listener.bind((self._address, 0))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((self._address, wanted))
             listener.listen(BACKLOG_CONNECTIONS)
         except OSError as error:
             listener.close()
@@ -244,7 +272,7 @@ class DestinationDriver(Driver[DestinationState]):
         self._listener = listener
         self._acceptor = asyncio.create_task(self._accept_forever(listener), name="accept")
         port: int = listener.getsockname()[1]
-        self.control.prepared(Prepared(address=self._address, port=port, key=self._key.hex()))
+        return port
 
     async def _accept_forever(self, listener: socket.socket) -> None:
         while not self._closing:
@@ -280,20 +308,57 @@ class DestinationDriver(Driver[DestinationState]):
             self._native_channel = channel
             asyncio.run_coroutine_threadsafe(self._begin_native(channel), self._loop)
             return
-        if self._channel is not None:
+        if role is wire.Role.FAULT:
+            self._take_fault_channel(channel)
+            return
+        if self._channel is not None and self._pager is None:
             self._log("a second main connection was refused")
             channel.close()
             return
+        if self._channel is not None:
+            self._channel.shutdown("the source came again")
         self._channel = channel
         self.post_from_thread(ev.SourceConnected())
         try:
+            if self._pager is not None:
+                self._name_missing(channel, self._pager)
             self._receive(channel)
-        except (HostLost, PeerProtocolError, KernelError) as error:
-            self.post_from_thread(ev.LinkLost(error.code, error.message))
+        except (HostLost, PeerProtocolError, KernelError, VmmError) as error:
+            if self._channel is channel:
+                self._lose_link(error)
+
+    def _take_fault_channel(self, channel: FrameChannel) -> None:
+        before, self._fault_channel = self._fault_channel, channel
+        if before is not None:
+            before.shutdown("the source came again")
+        if self._pager is not None:
+            self._pager.attach(channel)
+
+    def _lose_link(self, error: TranshumeError) -> None:
+        """From any thread: one broken connection ends both, so that the source makes both anew."""
+        if self._pager is not None:
+            self._pager.lose_link()
+            for channel in (self._channel, self._fault_channel):
+                if channel is not None:
+                    channel.shutdown(error.message)
+        self.post_from_thread(ev.LinkLost(error.code, error.message))
+
+    def _name_missing(self, channel: FrameChannel, pager: Pager) -> None:
+        """The source has come again: tell it what is still missing here."""
+        assert self._ram is not None
+        count = 0
+        for index in range(len(self._ram.blocks)):
+            missing = pager.missing.missing(index)
+            count += page_runs.page_count(missing)
+            for batch in page_runs.batches(missing, 1 << 62, wire.MAX_RUNS):
+                with channel.frame():
+                    channel.write(wire.encode_table(wire.FrameType.MISSING, index, batch, channel.version))
+        channel.send(wire.MissingEnd(pages=count))
 
     def _receive(self, channel: FrameChannel) -> None:
         assert self._ram is not None
         receiver = PageReceiver(channel, self._ram)
+        receiver.pager = self._pager
         try:
             while True:
                 item = receiver.receive()
@@ -319,9 +384,9 @@ class DestinationDriver(Driver[DestinationState]):
         elif isinstance(message, wire.LastPagesEnd):
             _check_counts(receiver, message.pages, message.zero_pages)
             self._verify(channel, message)
-            self.post_from_thread(ev.LastPagesReceived())
+            self.post_from_thread(ev.LastPagesReceived(self._note_owed(receiver)))
         elif isinstance(message, wire.StateEnd):
-            self._end_state(message)
+            self._end_state(receiver, message)
         elif isinstance(message, wire.Ping):
             channel.send(wire.Pong(token=message.token))
         elif isinstance(message, wire.Abort):
@@ -343,13 +408,34 @@ class DestinationDriver(Driver[DestinationState]):
                 )
             channel.send(wire.PagesVerified(verify_ms=(time.monotonic() - began_s) * 1000))
 
-    def _end_state(self, message: wire.StateEnd) -> None:
+    def _note_owed(self, receiver: PageReceiver) -> int:
+        """All pages are here or named. With pages owed, QEMU must not see the state before the pager is
+        armed: to load it may touch them, and more may still be named.
+        """
+        owed = receiver.take_owed()
+        count = sum(page_runs.page_count(runs) for runs in owed)
+        if count and self._options.may_page:
+            self._owed = [page_runs.union(*pair) for pair in zip(self._owed or owed, owed, strict=True)]
+        elif count:
+            raise PeerProtocolError("the source owes pages, which was not agreed on")
+        if not self._owed:
+            self._loop.call_soon_threadsafe(self._state_may_load.set)
+        return count
+
+    def _end_state(self, receiver: PageReceiver, message: wire.StateEnd) -> None:
         if (
             message.length_bytes != self._state_length_bytes
             or message.sha256 != self._state_fingerprint.hexdigest()
         ):
             raise PeerProtocolError("the device state did not arrive whole: length or hash differ")
         self._state_ended_s = time.monotonic()
+        if self._owed:
+            self._owed_file.write(self._owed)
+            pager = self._make_pager()
+            pager.arm(self._owed)
+            receiver.pager = pager
+            self._start_pager(pager)
+            self._loop.call_soon_threadsafe(self._state_may_load.set)
         self.post_from_thread(ev.StateReceived())
         self._loop.call_soon_threadsafe(self._state_chunks.put_nowait, None)
 
@@ -357,6 +443,7 @@ class DestinationDriver(Driver[DestinationState]):
         """Feed QEMU while the state arrives, and tell when it has taken all."""
         incoming = self._incoming
         assert incoming is not None
+        await self._state_may_load.wait()
         try:
             while (chunk := await self._state_chunks.get()) is not None:
                 await incoming.feed(chunk)
@@ -365,6 +452,66 @@ class DestinationDriver(Driver[DestinationState]):
             self.post(ev.CommandFailed("LoadState", error.code, error.message))
             return
         await self._say_loaded()
+
+    # --- pages owed after the resume -------------------------------------------------------------
+
+    def _make_pager(self) -> Pager:
+        assert self._uffd is not None
+        assert self._ram is not None
+        return Pager(
+            self._uffd,
+            self._ram,
+            on_all_placed=lambda: self.post_from_thread(ev.AllPaged()),
+            on_link_lost=self._lose_link,
+            on_demand=self._options.rest is not Rest.BACKGROUND,
+        )
+
+    def _start_pager(self, pager: Pager) -> None:
+        if self._fault_channel is not None:
+            pager.attach(self._fault_channel)
+        self._pager = pager
+        self._pager_thread = threading.Thread(
+            target=self._serve_faults, args=(pager,), name="pager", daemon=True
+        )
+        self._pager_thread.start()
+
+    def _serve_faults(self, pager: Pager) -> None:
+        try:
+            pager.serve_faults()
+        except TranshumeError as error:
+            self._log(f"faults are not served any more: {error.message}")
+
+    async def _take_over_paging(self) -> bool:
+        """A successor: whether pages are missing; if so, they are paged in from here on."""
+        owed = self._owed_file.read()
+        listening = self._owed_file.read_listening()
+        if owed is None or listening is None or self._process is None:
+            return False
+        pid = self._process.pid
+        self._ram = GuestRam.of_process(pid)
+        self._uffd = find_existing(pid)
+        if self._uffd is None:
+            raise VmmError(f"QEMU of VM {self.migration.vm} has lost its userfaultfd")
+        self._owed = owed
+        pager = self._make_pager()
+        await asyncio.to_thread(pager.recover, owed)
+        if pager.missing.left_pages == 0:
+            pager.disarm()
+            self._pager = pager
+        else:
+            self._start_pager(pager)
+        port, self._key = listening
+        self._open_port(port)
+        return pager.missing.left_pages > 0
+
+    async def _tell_peer_paged(self, _: ev.TellPeerPaged) -> None:
+        pager = self._pager
+        assert pager is not None
+        pager.stop()
+        if self._pager_thread is not None:
+            await asyncio.to_thread(self._pager_thread.join)
+        await asyncio.to_thread(pager.disarm)
+        await asyncio.to_thread(self._send_if_open, wire.Paged(paging=pager.report()))
 
     async def _begin_native(self, channel: FrameChannel) -> None:
         try:
@@ -382,16 +529,6 @@ class DestinationDriver(Driver[DestinationState]):
         await asyncio.to_thread(self._send_if_open, wire.StateLoaded(load_ms=load_ms))
 
     # --- the machine's commands ------------------------------------------------------------------
-
-    async def _ask_controller(self, _: ev.AskController) -> Event | None:
-        """Step 3A. No answer is no answer: the wait has its own limit."""
-        try:
-            record = await self._register.migration(self.migration.id)
-        except NotFound:
-            return ev.MigrationKnown(going_on=False)
-        except TranshumeError:
-            return None
-        return ev.MigrationKnown(going_on=record.outcome is Outcome.RUNNING)
 
     async def _resume_vm(self, _: ev.ResumeVm) -> Event:
         monitor = await self._qemu()

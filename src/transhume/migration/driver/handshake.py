@@ -41,7 +41,8 @@ def connect(address: str, port: int, identity: Identity, role: Role) -> FrameCha
         sock = socket.create_connection((address, port), timeout=identity.silence_limit_s)
     except OSError as error:
         raise HostLost(f"{peer} cannot be reached at {address}:{port}: {error.strerror or error}") from None
-    channel = FrameChannel(sock, Decoder(End.DESTINATION), peer, identity.silence_limit_s)
+    decoder = Decoder(End.DESTINATION, identity.block_pages)
+    channel = FrameChannel(sock, decoder, peer, identity.silence_limit_s)
     try:
         _introduce(channel, identity, role)
     except (HostLost, PeerProtocolError, Unauthorized):

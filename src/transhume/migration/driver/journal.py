@@ -33,6 +33,11 @@ class Journal:
         self._path = path
         self._fd: int | None = None
 
+    @property
+    def folder(self) -> Path:
+        """The mover's folder."""
+        return self._path.parent
+
     def state(self, state: str) -> None:
         """Note that the machine is going to be in `state`."""
         self._append({"state": state})

@@ -18,7 +18,8 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.machine import Command, Event, Machine, UnexpectedEvent
 from transhume.migration.register import Register
-from transhume.model.errors import HostLost, StoreError, StoreFull, TranshumeError
+from transhume.model.errors import HostLost, NotFound, StoreError, StoreFull, TranshumeError
+from transhume.model.migration import Outcome
 from transhume.model.orders import CancelReply, MigrationUpdate
 from transhume.model.vm import Ownership
 
@@ -235,6 +236,18 @@ class Driver(ABC, Generic[StateT]):
         moment = datetime.now().isoformat(timespec="milliseconds")
         with suppress(OSError):
             print(f"{moment} {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+    async def ask_controller(self, _: ev.AskController) -> Event | None:
+        """Whether the migration still goes on. No answer is no answer: whoever asks has a limit of its
+        own.
+        """
+        try:
+            record = await self._register.migration(self.migration.id)
+        except NotFound:
+            return ev.MigrationKnown(going_on=False)
+        except TranshumeError:
+            return None
+        return ev.MigrationKnown(going_on=record.outcome is Outcome.RUNNING)
 
     # --- the register ----------------------------------------------------------------------------
 

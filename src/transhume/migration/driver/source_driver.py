@@ -27,17 +27,20 @@ from transhume.migration.driver.handshake import Identity, connect
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, clock_of, end
+from transhume.migration.driver.owed_file import OwedFile
 from transhume.migration.machine import Command, Event
+from transhume.migration.paging.push import PushOrder
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
 from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.fault_server import serve_faults
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.sender import PageSender, SentPages
 from transhume.model.errors import HostLost, PeerProtocolError, StoreError, TimedOut, TranshumeError, VmmError
-from transhume.model.migration import Engine, Outcome, Phase
-from transhume.model.orders import MigrationUpdate
-from transhume.model.vm import Accel, Display
+from transhume.model.migration import Engine, MigrationOptions, Outcome, Phase, Rest
+from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate
+from transhume.model.vm import PAGE_BYTES, Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.log import last_words
 from transhume.vmm.migrate_command import end_abandoned
@@ -58,11 +61,15 @@ REGISTER_RETRY_S = 0.5
 STALLED_PAUSE_S = 0.05
 """A migration that waits for the guest to calm down does not spin meanwhile."""
 
+PUSH_PAGES = 256
+"""The background push goes in steps of 1 MiB: after each it looks whether a fault has pointed elsewhere."""
+
 STUCK_S = 1.0
 QUIT_LIMIT_S = 3.0
 Result = TypeVar("Result")
 
 COMMITTED_STATES = frozenset({SourceState.COMMITTED.value, SourceState.RETIRING.value})
+PAGING_STATES = frozenset({SourceState.PAGING.value, SourceState.RECONNECTING.value})
 MAY_COMMIT_STATES = frozenset(state.value for state in DESTINATION_MAY_COMMIT)
 
 
@@ -76,6 +83,8 @@ class SourceDriver(Driver[SourceState]):
             ev.TellPeerAborted,
             ev.RetireVm,
             ev.TellPeerFinished,
+            ev.Reconnect,
+            ev.AskController,
         }
     )
 
@@ -110,6 +119,14 @@ class SourceDriver(Driver[SourceState]):
         self._load_ms = 0.0
         self._commit_ms = 0.0
         self._beat_s = 0.0
+        self._owed_file = OwedFile(journal.folder)
+        self._ram: GuestRam | None = None
+        self._fault_channel: FrameChannel | None = None
+        self._fault_server: threading.Thread | None = None
+        self._push_order: PushOrder | None = None
+        self._streamed: tuple[bytes, int, str] | None = None
+        self._missing: list[Runs] = []
+        self._paged_wire_bytes = 0
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -128,6 +145,9 @@ class SourceDriver(Driver[SourceState]):
             ev.TellPeerAborted: self._tell_peer_aborted,
             ev.RetireVm: self._retire_vm,
             ev.TellPeerFinished: self._tell_peer_finished,
+            ev.StartPush: self._start_push,
+            ev.Reconnect: self._reconnect,
+            ev.AskController: self.ask_controller,
         }
 
     @property
@@ -140,14 +160,22 @@ class SourceDriver(Driver[SourceState]):
         before = self._predecessor_state
         if before is None:
             return ev.Started()
+        owing = self._owed_file.read() is not None
+        if before in PAGING_STATES:
+            return ev.Recovered(state_may_be_sent=True, owing=True, paging=True)
         if before in COMMITTED_STATES:
             # The register has the last word, and it cannot have changed since.
-            return ev.Recovered(state_may_be_sent=True)
-        return ev.Recovered(state_may_be_sent=before in MAY_COMMIT_STATES)
+            return ev.Recovered(state_may_be_sent=True, owing=owing)
+        return ev.Recovered(state_may_be_sent=before in MAY_COMMIT_STATES, owing=owing)
 
     def update(self) -> MigrationUpdate:
         now_s = time.monotonic()
         machine = self._source
+        report = machine.report(now_s)
+        if self._push_order is not None:
+            self._progress.paging(self._push_order.left_pages, machine.state is SourceState.RECONNECTING)
+            wire_bytes = report.wire_bytes + self._paged_wire_bytes
+            report = report.model_copy(update={"wire_bytes": wire_bytes})
         return MigrationUpdate(
             migration=self.migration.id,
             host=self.migration.source,
@@ -157,21 +185,47 @@ class SourceDriver(Driver[SourceState]):
             error_code=machine.error_code,
             error=machine.error,
             progress=self._progress.snapshot(machine.phase, now_s, clock_of),
-            report=machine.report(now_s),
+            report=report,
         )
 
     def taken(self, event: Event) -> None:
         if isinstance(event, ev.PassEnded):
             self._progress.pass_ended(event.result, self._source.last_decision)
 
+    def adjust(self, adjustment: Adjustment) -> AdjustReply:
+        """Take other limits, now; or say why not, and change nothing."""
+        phase = self._source.phase
+        if self._options.engine is Engine.QEMU:
+            return AdjustReply(accepted=False, message="QEMU's own engine takes no other limits on its way")
+        if adjustment.switch_to_post_copy and not self._options.may_page:
+            return AdjustReply(
+                accepted=False,
+                message=f"the destination was not prepared for page faults: the migration began with mode "
+                f"{self._options.mode.value}{'' if self._options.post_copy else ' and --no-post-copy'}",
+            )
+        if adjustment.switch_to_post_copy and phase is not Phase.PRECOPY:
+            return AdjustReply(
+                accepted=False, message=f"it is past or before its pre-copy, in phase {phase.value}"
+            )
+        changes = adjustment.model_dump(exclude_none=True, exclude={"switch_to_post_copy"})
+        if "bandwidth_bytes_s" in changes:
+            changes["bandwidth_bytes_s"] = changes["bandwidth_bytes_s"] or None
+        if changes:
+            self._options = MigrationOptions.model_validate(self._options.model_dump() | changes)
+            self._pace.rate_bytes_s = self._options.bandwidth_bytes_s
+            self.post(ev.OptionsChanged(self._options))
+        if adjustment.switch_to_post_copy:
+            self.post(ev.SwitchRequested())
+        return AdjustReply(accepted=True)
+
     def stop_work(self) -> None:
         self._stop.set()
-        self._loop.call_later(STUCK_S, self._cut_if_stuck)
+        self._loop.call_later(STUCK_S, self._cut_if_stuck, self._channel)
 
-    def _cut_if_stuck(self) -> None:
+    def _cut_if_stuck(self, channel: FrameChannel | None) -> None:
         """A data thread that does not stop by itself hangs on a dead link."""
-        if self._data_busy and self._channel is not None:
-            self._channel.shutdown("the migration was given up")
+        if self._data_busy and channel is not None and channel is self._channel:
+            channel.shutdown("the migration was given up")
 
     async def tick(self, now_s: float) -> None:
         """A sign of life when nothing else travels; QEMU's own numbers for its own engine."""
@@ -192,16 +246,18 @@ class SourceDriver(Driver[SourceState]):
 
     async def close(self) -> None:
         self._stop.set()
-        for channel in (self._channel, self._native_channel):
+        if self._native_channel is not None:
+            self._native_channel.shutdown()
+        for channel in (self._channel, self._fault_channel):
             if channel is not None:
                 channel.shutdown()
         await end(self._watcher)
         self._data_thread.shutdown(wait=True)
-        if self._reader is not None:
-            await asyncio.to_thread(self._reader.join)
-        for channel in (self._channel, self._native_channel):
-            if channel is not None:
-                channel.close()
+        await self._close_connections()
+        if self._native_channel is not None:
+            self._native_channel.close()
+        if self._ram is not None:
+            self._ram.close()
         if self._tracked is not None:
             self._tracked.close()
         if self._monitor is not None:
@@ -235,17 +291,57 @@ class SourceDriver(Driver[SourceState]):
         self._channel = channel
         self._reader = threading.Thread(target=self._read, args=(channel,), name="reader", daemon=True)
         self._reader.start()
+        if self._options.may_page:
+            await self._open_fault_connection()
         return ev.Connected()
+
+    async def _open_fault_connection(self) -> None:
+        """Faults travel on a connection of their own, made before the VM depends on it."""
+        assert self._process is not None
+        if self._ram is None:
+            self._ram = GuestRam.of_process(self._process.pid)
+        channel = await asyncio.to_thread(self._open_channel, wire.Role.FAULT)
+        self._fault_channel = channel
+        self._fault_server = threading.Thread(
+            target=self._serve_faults, args=(channel, self._ram), name="fault server", daemon=True
+        )
+        self._fault_server.start()
+
+    def _serve_faults(self, channel: FrameChannel, ram: GuestRam) -> None:
+        try:
+            serve_faults(channel, ram, self._fault_answered)
+        except (HostLost, PeerProtocolError) as error:
+            self._loop.call_soon_threadsafe(self._lose_link, error)
+        except OSError as error:
+            self._log(f"a page could not be read: {error}")
+            channel.shutdown("a page could not be read")
+
+    def _fault_answered(self, block_index: int, runs: Runs) -> None:
+        if self._push_order is not None:
+            self._push_order.sent(block_index, runs)
+            self._paged_wire_bytes += page_runs.page_count(runs) * PAGE_BYTES
+            self._push_order.fault(block_index, int(runs[-1].sum()))
+
+    async def _close_connections(self) -> None:
+        """End both connections and wait for their threads. The data thread must be idle or ending."""
+        for channel in (self._channel, self._fault_channel):
+            if channel is not None:
+                channel.shutdown()
+        for thread in (self._reader, self._fault_server):
+            if thread is not None:
+                await asyncio.to_thread(thread.join)
+        for channel in (self._channel, self._fault_channel):
+            if channel is not None:
+                channel.close()
+        self._channel = self._fault_channel = self._reader = self._fault_server = None
 
     def _open_channel(self, role: wire.Role) -> FrameChannel:
         prepared = self.job.prepared
         assert prepared is not None
-        assert self._process is not None
-        ram = GuestRam.of_process(self._process.pid)
-        try:
-            blocks = ram.ram_blocks
-        finally:
-            ram.close()
+        if self._ram is None:
+            assert self._process is not None
+            self._ram = GuestRam.of_process(self._process.pid)
+        blocks = self._ram.ram_blocks
         identity = Identity(
             migration=self.migration.id,
             source=self.migration.source,
@@ -357,8 +453,14 @@ class SourceDriver(Driver[SourceState]):
         self._outgoing.release()
         return ev.VmPaused(stopping_s)
 
-    async def _send_last_pages(self, _: ev.SendLastPages) -> Event:
+    async def _send_last_pages(self, command: ev.SendLastPages) -> Event:
         began_s = time.monotonic()
+        if command.rest.after_resume:
+            owed_pages = await self._in_data_thread(self._name_owed)
+            nothing = ev.PassResult(len(self._source.passes), 0, 0, 0, time.monotonic() - began_s, owed_pages)
+            return ev.LastPagesSent(nothing, owed_pages=owed_pages)
+        if command.rest is Rest.AFTER_STATE:
+            self._streamed = await self._stream_state()
         verified = self._expect(wire.FrameType.PAGES_VERIFIED)
         sent, last_page_s = await self._in_data_thread(self._send_rest)
         if self._options.verify:
@@ -388,9 +490,45 @@ class SourceDriver(Driver[SourceState]):
         self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
         return sent, last_page_s
 
+    def _name_owed(self) -> int:
+        """In the data thread: the VM is paused, so this scan is the last. Nothing is sent but names."""
+        assert self._tracked is not None
+        assert self._channel is not None
+        dirty = self._tracked.tracker.collect()
+        # Without a pass before, all that was ever touched is owed.
+        rest = self._left if self._source.passes else self._tracked.ram.populated_runs()
+        owed = [page_runs.union(*pair) for pair in zip(dirty, rest, strict=True)]
+        count = _count(owed)
+        if count:
+            self._owed_file.write(owed)
+            self._push_order = PushOrder(
+                [each.page_count for each in self._tracked.ram.blocks], [dirty, rest]
+            )
+            self._send_owed(owed)
+        self._channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
+        return count
+
+    def _send_owed(self, owed: list[Runs]) -> None:
+        assert self._channel is not None
+        for index, runs in enumerate(owed):
+            for batch in page_runs.batches(runs, 1 << 62, wire.MAX_RUNS):
+                with self._channel.frame():
+                    self._channel.write(
+                        wire.encode_table(wire.FrameType.OWED, index, batch, self._channel.version)
+                    )
+
     async def _send_state(self, _: ev.SendState) -> Event:
         if self._options.engine is Engine.QEMU:
             return await self._end_native_state()
+        channel = self._channel
+        assert channel is not None
+        held, length_bytes, digest_hex = self._streamed or await self._stream_state()
+        end = wire.StateEnd(length_bytes=length_bytes, sha256=digest_hex)
+        await self._in_data_thread(self._end_state, channel, held, end)
+        return ev.StateSent(length_bytes)
+
+    async def _stream_state(self) -> tuple[bytes, int, str]:
+        """Send the device state but for its last piece, which comes back with the length and hash of all."""
         channel, outgoing = self._channel, self._outgoing
         assert channel is not None
         assert outgoing is not None
@@ -406,9 +544,7 @@ class SourceDriver(Driver[SourceState]):
             length_bytes += len(chunk)
             held = chunk
         await outgoing.finish()
-        end = wire.StateEnd(length_bytes=length_bytes, sha256=fingerprint.hexdigest())
-        await self._in_data_thread(self._end_state, channel, held, end)
-        return ev.StateSent(length_bytes)
+        return held, length_bytes, fingerprint.hexdigest()
 
     def _end_state(self, channel: FrameChannel, rest: bytes, end: wire.StateEnd) -> None:
         """In the data thread: QEMU is done, and nothing may have been written since the last scan.
@@ -419,7 +555,12 @@ class SourceDriver(Driver[SourceState]):
         assert self._tracked is not None
         channel.send_state(rest)
         late = self._tracked.tracker.collect()
-        if _count(late):
+        if _count(late) and self._push_order is not None:
+            # Already owed pages among them stay owed; the others are from here on.
+            self._push_order.add(late)
+            self._send_owed(late)
+            channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
+        elif _count(late):
             sent, _ = self._send_runs(late, paced=False)
             channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
         channel.send(end)
@@ -457,6 +598,45 @@ class SourceDriver(Driver[SourceState]):
                 dirty_pages_after=0,
             )
         )
+
+    # --- pages owed after the resume -------------------------------------------------------------
+
+    async def _start_push(self, _: ev.StartPush) -> None:
+        """Send everything that is owed, in the order of `PushOrder`; on demand alone, only from the deadline
+        on: what nobody ever needs would otherwise be owed for ever.
+        """
+        if self._source.rest is Rest.ON_DEMAND:
+            await asyncio.sleep(max(0.0, self._source.deadline_s - time.monotonic()))
+        await self._in_data_thread(self._push)
+
+    def _push(self) -> None:
+        assert self._channel is not None
+        assert self._ram is not None
+        order = self._push_order
+        assert order is not None
+        sender = PageSender(self._channel, self._ram, self._stop, self._on_progress)
+        while (piece := order.next(PUSH_PAGES)) is not None:
+            sent = sender.send(*piece, self._pace)
+            self._paged_wire_bytes += sent.wire_bytes
+            if not sent.complete:
+                return
+
+    async def _reconnect(self, _: ev.Reconnect) -> Event:
+        """Make both connections anew and learn what is missing there: only the destination knows."""
+        await asyncio.wrap_future(self._data_thread.submit(lambda: None))  # the push has stopped
+        await self._close_connections()
+        self._stop.clear()
+        channel = await asyncio.to_thread(self._open_channel, wire.Role.MAIN)
+        self._channel = channel
+        self._missing = [page_runs.empty() for _ in channel.decoder.block_pages]
+        told = self._expect(wire.FrameType.MISSING_END)
+        self._reader = threading.Thread(target=self._read, args=(channel,), name="reader", daemon=True)
+        self._reader.start()
+        message = await told
+        assert isinstance(message, wire.MissingEnd)
+        await self._open_fault_connection()
+        self._push_order = PushOrder(channel.decoder.block_pages, [self._missing])
+        return ev.Reconnected(message.pages)
 
     # --- back, or on -----------------------------------------------------------------------------
 
@@ -514,6 +694,14 @@ class SourceDriver(Driver[SourceState]):
         try:
             while True:
                 header = channel.receive_header()
+                if header.type is wire.FrameType.MISSING:
+                    table = bytearray(header.table_bytes)
+                    channel.receive_into(memoryview(table))
+                    runs = channel.decoder.runs(header, table)
+                    self._missing[header.block_index] = page_runs.union(
+                        self._missing[header.block_index], runs
+                    )
+                    continue
                 message = channel.receive_message(header)
                 self._loop.call_soon_threadsafe(self._hear, message)
         except (HostLost, PeerProtocolError) as error:
@@ -531,6 +719,8 @@ class SourceDriver(Driver[SourceState]):
             self.post(ev.PeerCommitted())
         elif isinstance(message, wire.Running):
             self.post(ev.PeerRunning(self._load_ms / 1000, self._commit_ms / 1000, message.resume_ms / 1000))
+        elif isinstance(message, wire.Paged):
+            self.post(ev.PeerPaged(message.paging))
         elif isinstance(message, wire.Failed):
             if message.definitive:
                 self.post(ev.PeerFailed(message.code, message.message))

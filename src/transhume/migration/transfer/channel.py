@@ -56,6 +56,13 @@ class FrameChannel:
         """The socket's descriptor, for a receiver that lets the kernel move the data."""
         return self._socket.fileno()
 
+    def wait_for_ever(self) -> None:
+        """Let reads wait as long as it takes, for a connection on which silence is usual.
+
+        A peer that is gone is still noticed, by the kernel's own probes.
+        """
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+
     # -- sending ------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:

@@ -8,7 +8,8 @@ the receiver's size does not depend on the VM's.
 Pages named as zero are punched out of the memfd, whatever was there before: they take no memory.
 
 Threads: a `PageReceiver` is the one receiver of its channel and belongs to one thread at a time. The VM
-must not run before the last page has come: pages are not placed atomically.
+must not run before the last page has come: pages are not placed atomically. Once a pager is armed, pages go
+through it instead, one copy more, and are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transhume.memory import runs as page_runs
 from transhume.memory.ram import GuestBlock, GuestRam
 from transhume.memory.runs import Runs
 from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.pager import Pager
 from transhume.migration.wire import FrameType, Header, Message
 from transhume.model.errors import KernelError
 from transhume.model.vm import PAGE_BYTES
@@ -38,9 +40,12 @@ class PageReceiver:
     def __init__(self, channel: FrameChannel, ram: GuestRam) -> None:
         self._channel = channel
         self._ram = ram
+        self.pager: Pager | None = None
+        self._owed: list[Runs] = [page_runs.empty() for _ in ram.blocks]
         self._pages = 0
         self._zero_pages = 0
-        self._buffer = memoryview(bytearray(_BUFFER_PAGES * PAGE_BYTES))
+        self._content = bytearray(_BUFFER_PAGES * PAGE_BYTES)
+        self._buffer = memoryview(self._content)
         self._pipe_out, self._pipe_in = os.pipe()
         self._in_pipe_bytes = 0
         with contextlib.suppress(OSError):  # a limit of the system: the pipe works with its usual size
@@ -59,6 +64,9 @@ class PageReceiver:
                 self._receive_pages(header)
             elif header.type is FrameType.ZERO:
                 self._receive_zeros(header)
+            elif header.type is FrameType.OWED:
+                index = header.block_index
+                self._owed[index] = page_runs.union(self._owed[index], self._receive_runs(header))
             elif header.type is FrameType.STATE:
                 chunk = bytearray(header.payload_bytes)
                 self._channel.receive_into(memoryview(chunk))
@@ -71,6 +79,12 @@ class PageReceiver:
         counts = self._pages, self._zero_pages
         self._pages = self._zero_pages = 0
         return counts
+
+    def take_owed(self) -> list[Runs]:
+        """The pages of each block that were named as owed since the last call."""
+        owed = self._owed
+        self._owed = [page_runs.empty() for _ in self._ram.blocks]
+        return owed
 
     def close(self) -> None:
         """Free what the receiver holds; the channel and the RAM stay open."""
@@ -88,15 +102,27 @@ class PageReceiver:
         runs = self._receive_runs(header)
         block = self._ram.blocks[header.block_index]
         pages = page_runs.page_count(runs)
+        self._pages += pages
+        if self.pager is not None:
+            self._hand_to_pager(self.pager, header.block_index, runs)
+            return
         with _no_memory_named(block):
             if pages >= _LONG_RUN_PAGES * len(runs):
                 self._splice_into(block, runs, pages * PAGE_BYTES)
             else:
                 self._copy_into(block, runs)
-        self._pages += pages
+
+    def _hand_to_pager(self, pager: Pager, block_index: int, runs: Runs) -> None:
+        for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
+            self._channel.receive_into(self._buffer[: page_runs.page_count(batch) * PAGE_BYTES])
+            pager.push(block_index, batch, self._content)
 
     def _receive_zeros(self, header: Header) -> None:
         runs = self._receive_runs(header)
+        if self.pager is not None:
+            self._zero_pages += page_runs.page_count(runs)
+            self.pager.push_zeros(header.block_index, runs)
+            return
         block = self._ram.blocks[header.block_index]
         for first, count in runs.tolist():
             block.punch(first, count)

@@ -1,0 +1,53 @@
+"""What a mover leaves for its successor about pages that are owed: which they are, and where it listened."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from transhume.memory.runs import Runs
+
+
+class OwedFile:
+    """The files `owed.npz` and `listening.json` in a mover's folder.
+
+    They survive the death of the process, which is all that they are for (see `Journal`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._owed = folder / "owed.npz"
+        self._listening = folder / "listening.json"
+
+    def write(self, owed: Sequence[Runs]) -> None:
+        """Note the owed pages of each block, whole or not at all. Raises `OSError` without room."""
+        draft = self._owed.with_suffix(".draft")
+        with draft.open("wb") as file:
+            np.savez(file, *owed)
+        draft.rename(self._owed)
+
+    def read(self) -> list[Runs] | None:
+        """What was noted; None when nothing was ever owed."""
+        try:
+            with np.load(self._owed) as arrays:
+                return [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
+        except (FileNotFoundError, zipfile.BadZipFile):
+            return None
+
+    def write_listening(self, port: int, key: bytes) -> None:
+        """Note where the source finds this end, so that a successor can be found at the same place."""
+        fd = os.open(self._listening, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            json.dump({"port": port, "key": key.hex()}, file)
+
+    def read_listening(self) -> tuple[int, bytes] | None:
+        """The predecessor's port and key."""
+        try:
+            noted = json.loads(self._listening.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return noted["port"], bytes.fromhex(noted["key"])

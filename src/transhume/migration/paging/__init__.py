@@ -1,0 +1,1 @@
+"""Pages that are owed after the resume: which are missing, which go next. No I/O."""

@@ -1,0 +1,50 @@
+"""The source's answer to faults: read the pages that a waiting vCPU needs, and send them at once.
+
+It has a connection and a thread of its own, so that no push stands in its way. The VM is suspended here: its
+pages do not change any more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from transhume.memory import runs as page_runs
+from transhume.memory.ram import GuestRam
+from transhume.memory.runs import Runs
+from transhume.migration import wire
+from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.wire import FrameType
+from transhume.model.errors import PeerProtocolError
+from transhume.model.vm import PAGE_BYTES
+
+_ZEROS = bytes(PAGE_BYTES)
+_BATCH_PAGES = 256
+
+
+def serve_faults(channel: FrameChannel, ram: GuestRam, on_fault: Callable[[int, Runs], None]) -> None:
+    """Answer FETCH frames until the connection ends, which raises `HostLost` or `PeerProtocolError`.
+
+    `on_fault(block_index, runs)` is told after each answer.
+    """
+    channel.wait_for_ever()
+    while True:
+        header = channel.receive_header()
+        if header.type is not FrameType.FETCH:
+            raise PeerProtocolError(f"{channel.peer} sent {header.type.name} on the fault connection.")
+        table = bytearray(header.table_bytes)
+        channel.receive_into(memoryview(table))
+        runs = channel.decoder.runs(header, table)
+        for batch in page_runs.batches(runs, _BATCH_PAGES, _BATCH_PAGES):
+            _answer(channel, ram, header.block_index, batch)
+        on_fault(header.block_index, runs)
+
+
+def _answer(channel: FrameChannel, ram: GuestRam, index: int, runs: Runs) -> None:
+    fd = ram.blocks[index].fd
+    content = b"".join(os.pread(fd, count * PAGE_BYTES, first * PAGE_BYTES) for first, count in runs.tolist())
+    with channel.frame():
+        if content == _ZEROS:
+            channel.write(wire.encode_zero(index, runs, channel.version))
+        else:
+            channel.write(wire.encode_pages(index, runs, channel.version) + content)

@@ -1,0 +1,301 @@
+"""The destination's pager: the VM runs, pages are missing, and each is placed once when it comes.
+
+A page comes in answer to a fault, on the fault connection, or by itself, on the main one. Either way it is
+placed with UFFDIO_COPY, atomically, and never over a page that is there: the guest may have written it.
+A first touch of memory that the source never had is answered here, with zeros, and costs no traffic.
+
+Threads: `serve_faults` runs in a thread of its own, `place` and `place_zeros` in those of the connections;
+`attach` and `stop` may be called from anywhere. QEMU keeps a userfaultfd of its own open, so whatever happens
+to this process, a missing page is waited for and never read as zeros.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from transhume.memory import runs as page_runs
+from transhume.memory.ram import GuestBlock, GuestRam
+from transhume.memory.runs import Runs
+from transhume.memory.userfaultfd import REGISTER_MISSING, Fault, Userfaultfd
+from transhume.migration.paging.missing import Condition, MissingPages
+from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.wire import FrameType, encode_table
+from transhume.model.errors import HostLost, KernelError, PeerProtocolError, TranshumeError
+from transhume.model.migration import PagingReport
+from transhume.model.vm import PAGE_BYTES
+
+_POLL_S = 0.1
+_RETRY_S = 0.2
+_BUFFER_PAGES = 256
+
+
+class Pager:
+    """Owns the missing pages of one VM at its destination.
+
+    `on_all_placed` is called once, from whichever thread placed the last page, `on_link_lost` with the reason
+    when the fault connection breaks. `on_demand` False never asks for a page: whoever waits, waits for the
+    push.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        ram: GuestRam,
+        on_all_placed: Callable[[], None],
+        on_link_lost: Callable[[TranshumeError], None],
+        on_demand: bool = True,
+    ) -> None:
+        self.missing = MissingPages([each.page_count for each in ram.blocks])
+        self._uffd = uffd
+        self._ram = ram
+        self._on_all_placed = on_all_placed
+        self._on_link_lost = on_link_lost
+        self._on_demand = on_demand
+        self._stopping = threading.Event()
+        self._channel: FrameChannel | None = None
+        self._waiting: dict[tuple[int, int], float] = {}
+        self._buffer = bytearray(_BUFFER_PAGES * PAGE_BYTES)
+        self._buffer_address = _address_of(self._buffer)
+        self._latencies_s: list[float] = []
+        self._owed_pages = 0
+        self._fetched_pages = 0
+        self._pushed_pages = 0
+        self._zero_filled_pages = 0
+        self._sent_twice_bytes = 0
+        self._link_losses = 0
+        self._link_lost_s = 0.0
+        self._link_lost_since_s: float | None = None
+
+    # --- before the VM runs ----------------------------------------------------------------------
+
+    def arm(self, owed: Sequence[Runs]) -> None:
+        """From its return on nobody reads or writes an owed page before it was placed.
+
+        Whatever an earlier pass brought of these pages is dropped. Only while the VM does not run. Harmless
+        when repeated with more pages.
+        """
+        for index, (block, runs) in enumerate(zip(self._ram.blocks, owed, strict=True)):
+            for first, count in runs.tolist():
+                block.punch(first, count)
+            self.missing.owe(index, runs)
+            self._owed_pages += page_runs.page_count(runs)
+        for block in self._ram.blocks:
+            self._uffd.register(block.address, block.block.size_bytes, REGISTER_MISSING)
+
+    def recover(self, owed: Sequence[Runs]) -> None:
+        """Take over from a pager that died: what is in memory was placed, the rest of `owed` is missing.
+
+        Faults that the dead one had read are lost with it: everybody who waits is told to look again.
+        """
+        for index, (block, runs) in enumerate(zip(self._ram.blocks, owed, strict=True)):
+            self.missing.owe(index, page_runs.subtract(runs, block.populated_runs()))
+            self._owed_pages += page_runs.page_count(runs)
+        for block in self._ram.blocks:
+            self._uffd.register(block.address, block.block.size_bytes, REGISTER_MISSING)
+            self._uffd.wake(block.address, block.block.size_bytes)
+
+    def disarm(self) -> None:
+        """Nothing is missing any more: let the kernel answer first touches by itself."""
+        for block in self._ram.blocks:
+            self._uffd.unregister(block.address, block.block.size_bytes)
+
+    # --- connections -----------------------------------------------------------------------------
+
+    def attach(self, channel: FrameChannel) -> None:
+        """Ask for pages on this connection from now on; whoever waits already is asked for again."""
+        if self._link_lost_since_s is not None:
+            self._link_lost_s += time.monotonic() - self._link_lost_since_s
+            self._link_lost_since_s = None
+        self._channel = channel
+
+    def lose_link(self) -> None:
+        """The source is gone for now."""
+        self._channel = None
+        if self._link_lost_since_s is None:
+            self._link_lost_since_s = time.monotonic()
+            self._link_losses += 1
+
+    def stop(self) -> None:
+        """Let `serve_faults` return soon. Who waits for a page goes on waiting."""
+        self._stopping.set()
+
+    # --- faults ----------------------------------------------------------------------------------
+
+    def serve_faults(self) -> None:
+        """Answer faults until `stop`. Raises `VmmError` when QEMU has ended."""
+        while not self._stopping.is_set():
+            faults = self._uffd.read_faults(_POLL_S)
+            now_s = time.monotonic()
+            for fault in faults:
+                self._take(fault, now_s)
+            if self._waiting and self._on_demand:
+                self._fetch_waiting()
+            elif self._waiting:
+                self._forget_placed()
+
+    def _take(self, fault: Fault, now_s: float) -> None:
+        index, page = self._locate(fault.address)
+        condition = self.missing.condition(index, page)
+        if condition is Condition.MISSING:
+            self._waiting.setdefault((index, page), now_s)
+        elif condition is not Condition.PLACING:
+            # Never owed, or given away by the guest since: zeros. If it is there by now, who waits is woken.
+            address = self._ram.blocks[index].address + page * PAGE_BYTES
+            self._zero_filled_pages += self._uffd.zero_fill(address, PAGE_BYTES) // PAGE_BYTES
+
+    def _locate(self, address: int) -> tuple[int, int]:
+        for index, block in enumerate(self._ram.blocks):
+            if 0 <= address - block.address < block.block.size_bytes:
+                return index, (address - block.address) // PAGE_BYTES
+        raise PeerProtocolError(f"a fault at {address:#x} is in no RAM block")
+
+    def _fetch_waiting(self) -> None:
+        channel = self._channel
+        if channel is None:
+            return
+        self._forget_placed()
+        try:
+            for index in sorted({index for index, _ in self._waiting}):
+                pages = np.array(sorted(page for at, page in self._waiting if at == index), dtype=np.int64)
+                self._fetch(channel, index, page_runs.from_pages(pages))
+        except (HostLost, PeerProtocolError) as error:
+            if self._channel is channel:
+                self.lose_link()
+                self._on_link_lost(error)
+        self._forget_placed()
+
+    def _fetch(self, channel: FrameChannel, index: int, runs: Runs) -> None:
+        with channel.frame():
+            channel.write(encode_table(FrameType.FETCH, index, runs, channel.version))
+        awaited = page_runs.page_count(runs)
+        while awaited > 0:
+            header = channel.receive_header()
+            if header.type not in (FrameType.PAGES, FrameType.ZERO) or header.block_index != index:
+                raise PeerProtocolError(f"{channel.peer} sent {header.type.name} where a page was due.")
+            table = bytearray(header.table_bytes)
+            channel.receive_into(memoryview(table))
+            came = channel.decoder.runs(header, table)
+            awaited -= page_runs.page_count(came)
+            if header.type is FrameType.PAGES:
+                self._fetched_pages += self._receive(channel, index, came)
+            else:
+                self._fetched_pages += self.place_zeros(index, came)
+
+    def _receive(self, channel: FrameChannel, index: int, runs: Runs) -> int:
+        placed = 0
+        for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
+            pages = page_runs.page_count(batch)
+            channel.receive_into(memoryview(self._buffer)[: pages * PAGE_BYTES])
+            fresh = self._place(index, batch, self._buffer_address)
+            self._sent_twice_bytes += (pages - fresh) * PAGE_BYTES
+            placed += fresh
+        return placed
+
+    def _forget_placed(self) -> None:
+        """Whose page has come waits no more; note how long it took."""
+        now_s = time.monotonic()
+        done = [
+            key for key in self._waiting if self.missing.condition(*key) in (Condition.PLACED, Condition.FREE)
+        ]
+        for key in done:
+            self._latencies_s.append(now_s - self._waiting.pop(key))
+
+    # --- pages that come -------------------------------------------------------------------------
+
+    def push(self, block_index: int, runs: Runs, content: bytearray) -> None:
+        """Place pages that came by themselves; `content` holds them in order."""
+        fresh = self._place(block_index, runs, _address_of(content))
+        self._pushed_pages += fresh
+        self._sent_twice_bytes += (page_runs.page_count(runs) - fresh) * PAGE_BYTES
+
+    def push_zeros(self, block_index: int, runs: Runs) -> None:
+        """Place zero pages that were named by themselves."""
+        self._pushed_pages += self.place_zeros(block_index, runs)
+
+    def place_zeros(self, block_index: int, runs: Runs) -> int:
+        """Place zero pages; returns how many were missing."""
+        claimed = self.missing.claim(block_index, runs)
+        block = self._ram.blocks[block_index]
+        self._carry_out(
+            block_index,
+            claimed,
+            lambda first, count: self._uffd.zero_fill(_address(block, first), count * PAGE_BYTES),
+        )
+        return page_runs.page_count(claimed)
+
+    def _place(self, block_index: int, runs: Runs, content_address: int) -> int:
+        claimed = self.missing.claim(block_index, runs)
+        if len(claimed) == 0:
+            return 0
+        block = self._ram.blocks[block_index]
+        # Neighbours in the guest are neighbours in the content: a claimed run lies in it in one piece.
+        offsets = np.searchsorted(page_runs.pages_of(runs), claimed[:, 0])
+        source = dict(
+            zip(claimed[:, 0].tolist(), (content_address + offsets * PAGE_BYTES).tolist(), strict=True)
+        )
+        self._carry_out(
+            block_index,
+            claimed,
+            lambda first, count: self._uffd.copy(_address(block, first), source[first], count * PAGE_BYTES),
+        )
+        return page_runs.page_count(claimed)
+
+    def _carry_out(self, block_index: int, claimed: Runs, place: Callable[[int, int], int]) -> None:
+        """Place claimed runs, one after the other. A host without memory makes it wait, not fail: the VM
+        has no other home. What cannot be placed because QEMU has ended is given back.
+        """
+        for row, (first, count) in enumerate(claimed.tolist()):
+            while True:
+                try:
+                    place(first, count)
+                except KernelError:
+                    if self._stopping.wait(_RETRY_S):
+                        self.missing.give_back(block_index, claimed[row:])
+                        raise
+                    continue
+                except TranshumeError:
+                    self.missing.give_back(block_index, claimed[row:])
+                    raise
+                break
+        if len(claimed) and self.missing.settle(block_index, claimed) == 0:
+            self._on_all_placed()
+
+    # --- what it was like ------------------------------------------------------------------------
+
+    def report(self) -> PagingReport:
+        """The figures so far."""
+        latencies_us = np.array(self._latencies_s) * 1e6
+        histogram: dict[int, int] = {}
+        for exponent, count in zip(
+            *np.unique(np.ceil(np.log2(np.maximum(latencies_us, 1.0))), return_counts=True), strict=True
+        ):
+            histogram[1 << int(exponent)] = int(count)
+        some = len(latencies_us) > 0
+        return PagingReport(
+            owed_pages=self._owed_pages,
+            faults=len(latencies_us),
+            fetched_pages=self._fetched_pages,
+            pushed_pages=self._pushed_pages,
+            zero_filled_pages=self._zero_filled_pages,
+            fault_p50_us=float(np.percentile(latencies_us, 50)) if some else 0.0,
+            fault_p99_us=float(np.percentile(latencies_us, 99)) if some else 0.0,
+            fault_max_us=float(latencies_us.max()) if some else 0.0,
+            latency_us_histogram=histogram,
+            waited_ms=float(latencies_us.sum() / 1000),
+            sent_twice_bytes=self._sent_twice_bytes,
+            link_losses=self._link_losses,
+            link_lost_ms=self._link_lost_s * 1000,
+        )
+
+
+def _address(block: GuestBlock, first_page: int) -> int:
+    return block.address + first_page * PAGE_BYTES
+
+
+def _address_of(buffer: bytearray) -> int:
+    return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
