@@ -101,7 +101,8 @@ Bytes = bytes | bytearray | memoryview
 _MAGIC = b"Tshm"
 _HEADER = struct.Struct("<4sHBBHHIQ")
 _CRC = struct.Struct("<I")
-_RUN_BYTES = 8
+_RUN = struct.Struct("<II")
+_RUN_BYTES = _RUN.size
 
 
 class FrameType(IntEnum):
@@ -383,6 +384,14 @@ def encode_table(kind: FrameType, block_index: int, runs: Runs, version: int = V
     return _encode_header(kind, len(table), block_index, len(runs), version) + table
 
 
+def encode_page_name(kind: FrameType, block_index: int, page: int, version: int = VERSION) -> bytes:
+    """As `encode_table`, or the begin of a PAGES frame, for one page: a vCPU waits for this, and numpy is
+    slow for one row.
+    """
+    length = _RUN_BYTES + (PAGE_BYTES if kind is FrameType.PAGES else 0)
+    return _encode_header(kind, length, block_index, 1, version) + _RUN.pack(page, 1)
+
+
 def encode_state_header(chunk_bytes: int, version: int = VERSION) -> bytes:
     """The header of a STATE frame; the chunk must follow."""
     assert 0 < chunk_bytes <= MAX_STATE_CHUNK_BYTES
@@ -482,6 +491,16 @@ class Decoder:
         if header.payload_bytes != header.table_bytes + content_bytes:
             raise _wrong(header, f"has {header.payload_bytes} bytes, which do not match its runs")
         return runs
+
+    def only_page(self, header: Header, table: Bytes) -> int | None:
+        """As `runs`, for a frame with one page; None for every other, which `runs` decodes or refuses."""
+        if header.run_count != 1:
+            return None
+        page, count = _RUN.unpack_from(table)
+        if count != 1 or page >= self.block_pages[header.block_index]:
+            return None
+        content_bytes = PAGE_BYTES if header.type is FrameType.PAGES else 0
+        return int(page) if header.payload_bytes == _RUN_BYTES + content_bytes else None
 
     def _check_version(self, version: int) -> None:
         if self.version is None and not OLDEST_VERSION <= version <= VERSION:

@@ -61,8 +61,12 @@ REGISTER_RETRY_S = 0.5
 STALLED_PAUSE_S = 0.05
 """A migration that waits for the guest to calm down does not spin meanwhile."""
 
-PUSH_PAGES = 256
-"""The background push goes in steps of 1 MiB: after each it looks whether a fault has pointed elsewhere."""
+PUSH_PAGES = 128
+"""The background push goes in steps of 512 KiB: after each it looks whether a fault has pointed elsewhere."""
+
+LEAST_QUEUE_BYTES = 64 << 10
+FIT_QUEUE_S = 0.2
+"""While pages are pushed the socket's queue is kept short, fitted so often: faults share the path."""
 
 STUCK_S = 1.0
 QUIT_LIMIT_S = 3.0
@@ -127,6 +131,7 @@ class SourceDriver(Driver[SourceState]):
         self._streamed: tuple[bytes, int, str] | None = None
         self._missing: list[Runs] = []
         self._paged_wire_bytes = 0
+        self._resumed_there = asyncio.Event()
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -309,14 +314,19 @@ class SourceDriver(Driver[SourceState]):
 
     def _serve_faults(self, channel: FrameChannel, ram: GuestRam) -> None:
         try:
-            serve_faults(channel, ram, self._fault_answered)
+            serve_faults(channel, ram, self._fault_answered, self._faults_answered)
         except (HostLost, PeerProtocolError) as error:
             self._loop.call_soon_threadsafe(self._lose_link, error)
         except OSError as error:
             self._log(f"a page could not be read: {error}")
             channel.shutdown("a page could not be read")
 
-    def _fault_answered(self, block_index: int, runs: Runs) -> None:
+    def _fault_answered(self, block_index: int, page: int) -> None:
+        self._paged_wire_bytes += PAGE_BYTES
+        if self._push_order is not None:
+            self._push_order.sent_page(block_index, page, time.monotonic())
+
+    def _faults_answered(self, block_index: int, runs: Runs) -> None:
         if self._push_order is not None:
             self._push_order.sent(block_index, runs)
             self._paged_wire_bytes += page_runs.page_count(runs) * PAGE_BYTES
@@ -605,6 +615,8 @@ class SourceDriver(Driver[SourceState]):
         """Send everything that is owed, in the order of `PushOrder`; on demand alone, only from the deadline
         on: what nobody ever needs would otherwise be owed for ever.
         """
+        if self._source.rest is not Rest.BACKGROUND:
+            await self._resumed_there.wait()  # the first faults are worth more than any push
         if self._source.rest is Rest.ON_DEMAND:
             await asyncio.sleep(max(0.0, self._source.deadline_s - time.monotonic()))
         await self._in_data_thread(self._push)
@@ -615,7 +627,17 @@ class SourceDriver(Driver[SourceState]):
         order = self._push_order
         assert order is not None
         sender = PageSender(self._channel, self._ram, self._stop, self._on_progress)
-        while (piece := order.next(PUSH_PAGES)) is not None:
+        fitted_s = 0.0
+        while True:
+            while hold_s := order.hold_s(time.monotonic()):
+                if self._stop.wait(hold_s):
+                    return
+            if time.monotonic() - fitted_s > FIT_QUEUE_S:
+                fitted_s = time.monotonic()
+                self._channel.keep_queue_short(LEAST_QUEUE_BYTES)
+            piece = order.next(PUSH_PAGES)
+            if piece is None:
+                return
             sent = sender.send(*piece, self._pace)
             self._paged_wire_bytes += sent.wire_bytes
             if not sent.complete:
@@ -636,6 +658,7 @@ class SourceDriver(Driver[SourceState]):
         assert isinstance(message, wire.MissingEnd)
         await self._open_fault_connection()
         self._push_order = PushOrder(channel.decoder.block_pages, [self._missing])
+        self._resumed_there.set()
         return ev.Reconnected(message.pages)
 
     # --- back, or on -----------------------------------------------------------------------------
@@ -718,6 +741,7 @@ class SourceDriver(Driver[SourceState]):
             self._commit_ms = message.commit_ms
             self.post(ev.PeerCommitted())
         elif isinstance(message, wire.Running):
+            self._resumed_there.set()
             self.post(ev.PeerRunning(self._load_ms / 1000, self._commit_ms / 1000, message.resume_ms / 1000))
         elif isinstance(message, wire.Paged):
             self.post(ev.PeerPaged(message.paging))

@@ -68,6 +68,22 @@ class MissingPages:
             block[claimed] = Condition.PLACING
         return page_runs.from_pages(claimed)
 
+    def claim_page(self, block_index: int, page: int) -> bool:
+        """As `claim`, for one page that somebody waits for."""
+        with self._turn:
+            block = self._blocks[block_index]
+            if block[page] != Condition.MISSING:
+                return False
+            block[page] = Condition.PLACING
+            return True
+
+    def settle_page(self, block_index: int, page: int) -> int:
+        """As `settle`, for one page."""
+        with self._turn:
+            self._blocks[block_index][page] = Condition.PLACED
+            self._left -= 1
+            return self._left
+
     def settle(self, block_index: int, runs: Runs) -> int:
         """Claimed pages are placed. Returns how many pages are left."""
         with self._turn:

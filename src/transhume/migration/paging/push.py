@@ -24,6 +24,11 @@ LEAD_PAGES = 16
 AROUND_PAGES = 2048
 """How far the push follows one fault (8 MiB) before it returns to its usual order."""
 
+CALM_S = 0.002
+HOLD_STEP_S = 0.001
+MOST_HOLD_S = 0.2
+"""The push stands back for faults that follow each other within `CALM_S`, in steps, this long in all."""
+
 
 class PushOrder:
     """What is owed and not yet sent. `layers` are sets of pages, one entry for each block, latest first.
@@ -36,6 +41,8 @@ class PushOrder:
         self._max_pages = 1
         self._turn = threading.Lock()
         self._pivot: tuple[int, int] | None = None
+        self._fault_s = float("-inf")
+        self._held_s = 0.0
         ordered: list[tuple[int, Runs]] = []
         for layer in layers:
             for index, runs in enumerate(layer):
@@ -73,6 +80,27 @@ class PushOrder:
         """These pages have been sent. Returns how many of them had not been sent before."""
         with self._turn:
             return self._mark_sent(block_index, page_runs.pages_of(runs))
+
+    def hold_s(self, now_s: float) -> float:
+        """How long the push should stand back now, because the vCPUs are faulting one page after the other.
+
+        A guest that has just resumed needs a few hundred pages before it does anything, each after the last.
+        All holding together is bounded by `MOST_HOLD_S`, so a guest that never stops faulting gets its push.
+        """
+        if now_s - self._fault_s > CALM_S or self._held_s >= MOST_HOLD_S:
+            return 0.0
+        self._held_s += HOLD_STEP_S
+        return HOLD_STEP_S
+
+    def sent_page(self, block_index: int, page: int, now_s: float) -> None:
+        """As `sent` and `fault`, for one page that was sent because a vCPU waits for it."""
+        self._fault_s = now_s
+        with self._turn:
+            block = self._unsent[block_index]
+            if block[page]:
+                block[page] = False
+                self._left -= 1
+        self._pivot = (block_index, page + 1)
 
     def next(self, max_pages: int) -> tuple[int, Runs] | None:
         """The next pages to send, all of one block; None when nothing is left. They count as sent."""

@@ -26,6 +26,12 @@ _KEEPALIVE_IDLE_S = 5
 _KEEPALIVE_INTERVAL_S = 2
 _KEEPALIVE_PROBES = 3
 
+_TCP_INFO_BYTES = 168
+_MIN_RTT_AT = 148
+_DELIVERY_RATE_AT = 160
+_UNKNOWN_RTT_US = 10_000_000
+"""Where struct tcp_info (linux/tcp.h) has the least round trip and the rate of delivery."""
+
 
 class FrameChannel:
     """Frames to and from one peer. Takes the connected socket over and sets it up.
@@ -62,6 +68,24 @@ class FrameChannel:
         A peer that is gone is still noticed, by the kernel's own probes.
         """
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+
+    def keep_queue_short(self, least_bytes: int) -> None:
+        """Let the kernel hold little more unsent data than the path carries in a round trip.
+
+        Data that waits in a queue on the way delays every other connection on it. A send then waits for room.
+        Call it again from time to time: what the path carries is the kernel's estimate (TCP_INFO).
+        """
+        if self._socket.family == socket.AF_UNIX:
+            return
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        carried_bytes = 0
+        if len(info) == _TCP_INFO_BYTES:
+            round_trip_us = struct.unpack_from("I", info, _MIN_RTT_AT)[0]
+            rate_bytes_s = struct.unpack_from("Q", info, _DELIVERY_RATE_AT)[0]
+            if round_trip_us < _UNKNOWN_RTT_US:
+                carried_bytes = int(rate_bytes_s * round_trip_us / 1e6)
+        # The kernel doubles the figure, for its own book-keeping.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, max(least_bytes, 2 * carried_bytes))
 
     # -- sending ------------------------------------------------------------------------------------
 

@@ -22,10 +22,15 @@ _ZEROS = bytes(PAGE_BYTES)
 _BATCH_PAGES = 256
 
 
-def serve_faults(channel: FrameChannel, ram: GuestRam, on_fault: Callable[[int, Runs], None]) -> None:
+def serve_faults(
+    channel: FrameChannel,
+    ram: GuestRam,
+    on_page: Callable[[int, int], None],
+    on_pages: Callable[[int, Runs], None],
+) -> None:
     """Answer FETCH frames until the connection ends, which raises `HostLost` or `PeerProtocolError`.
 
-    `on_fault(block_index, runs)` is told after each answer.
+    `on_page(block_index, page)` or `on_pages(block_index, runs)` is told after each answer.
     """
     channel.wait_for_ever()
     while True:
@@ -34,10 +39,24 @@ def serve_faults(channel: FrameChannel, ram: GuestRam, on_fault: Callable[[int, 
             raise PeerProtocolError(f"{channel.peer} sent {header.type.name} on the fault connection.")
         table = bytearray(header.table_bytes)
         channel.receive_into(memoryview(table))
+        page = channel.decoder.only_page(header, table)
+        if page is not None:
+            _answer_one(channel, ram, header.block_index, page)
+            on_page(header.block_index, page)
+            continue
         runs = channel.decoder.runs(header, table)
         for batch in page_runs.batches(runs, _BATCH_PAGES, _BATCH_PAGES):
             _answer(channel, ram, header.block_index, batch)
-        on_fault(header.block_index, runs)
+        on_pages(header.block_index, runs)
+
+
+def _answer_one(channel: FrameChannel, ram: GuestRam, index: int, page: int) -> None:
+    content = os.pread(ram.blocks[index].fd, PAGE_BYTES, page * PAGE_BYTES)
+    with channel.frame():
+        if content == _ZEROS:
+            channel.write(wire.encode_page_name(FrameType.ZERO, index, page, channel.version))
+        else:
+            channel.write(wire.encode_page_name(FrameType.PAGES, index, page, channel.version) + content)
 
 
 def _answer(channel: FrameChannel, ram: GuestRam, index: int, runs: Runs) -> None:

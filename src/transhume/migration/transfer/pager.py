@@ -15,6 +15,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -24,14 +25,16 @@ from transhume.memory.runs import Runs
 from transhume.memory.userfaultfd import REGISTER_MISSING, Fault, Userfaultfd
 from transhume.migration.paging.missing import Condition, MissingPages
 from transhume.migration.transfer.channel import FrameChannel
-from transhume.migration.wire import FrameType, encode_table
+from transhume.migration.wire import FrameType, encode_page_name, encode_table
 from transhume.model.errors import HostLost, KernelError, PeerProtocolError, TranshumeError
 from transhume.model.migration import PagingReport
 from transhume.model.vm import PAGE_BYTES
 
 _POLL_S = 0.1
+_WAITING_POLL_S = 0.002
 _RETRY_S = 0.2
 _BUFFER_PAGES = 256
+_ONE_PAGE_BYTES = PAGE_BYTES + 8
 
 
 class Pager:
@@ -60,6 +63,7 @@ class Pager:
         self._channel: FrameChannel | None = None
         self._waiting: dict[tuple[int, int], float] = {}
         self._buffer = bytearray(_BUFFER_PAGES * PAGE_BYTES)
+        self._buffer_view = memoryview(self._buffer)
         self._buffer_address = _address_of(self._buffer)
         self._latencies_s: list[float] = []
         self._owed_pages = 0
@@ -129,7 +133,7 @@ class Pager:
     def serve_faults(self) -> None:
         """Answer faults until `stop`. Raises `VmmError` when QEMU has ended."""
         while not self._stopping.is_set():
-            faults = self._uffd.read_faults(_POLL_S)
+            faults = self._uffd.read_faults(_WAITING_POLL_S if self._waiting else _POLL_S)
             now_s = time.monotonic()
             for fault in faults:
                 self._take(fault, now_s)
@@ -160,6 +164,9 @@ class Pager:
             return
         self._forget_placed()
         try:
+            if len(self._waiting) == 1:
+                self._fetch_one(channel, *next(iter(self._waiting)))
+                return
             for index in sorted({index for index, _ in self._waiting}):
                 pages = np.array(sorted(page for at, page in self._waiting if at == index), dtype=np.int64)
                 self._fetch(channel, index, page_runs.from_pages(pages))
@@ -168,6 +175,33 @@ class Pager:
                 self.lose_link()
                 self._on_link_lost(error)
         self._forget_placed()
+
+    def _fetch_one(self, channel: FrameChannel, index: int, page: int) -> None:
+        """The usual case, and the one that counts: one vCPU waits for one page."""
+        with channel.frame():
+            channel.write(encode_page_name(FrameType.FETCH, index, page, channel.version))
+        header = channel.receive_header()
+        content = self._buffer_view[: header.payload_bytes]
+        if header.payload_bytes > _ONE_PAGE_BYTES or header.block_index != index:
+            raise PeerProtocolError(f"{channel.peer} sent {header.type.name} where a page was due.")
+        channel.receive_into(content)
+        if channel.decoder.only_page(header, content) != page:
+            raise PeerProtocolError(f"{channel.peer} sent another page than the one that was due.")
+        if not self.missing.claim_page(index, page):
+            self._sent_twice_bytes += header.payload_bytes
+            self._forget_placed()
+            return
+        address = _address(self._ram.blocks[index], page)
+        self._fetched_pages += 1
+        if header.type is FrameType.PAGES:
+            source = self._buffer_address + header.table_bytes
+            self._insist(lambda: self._uffd.copy(address, source, PAGE_BYTES), index, page)
+        else:
+            self._insist(lambda: self._uffd.zero_fill(address, PAGE_BYTES), index, page)
+        left_pages = self.missing.settle_page(index, page)
+        self._latencies_s.append(time.monotonic() - self._waiting.pop((index, page)))
+        if left_pages == 0:
+            self._on_all_placed()
 
     def _fetch(self, channel: FrameChannel, index: int, runs: Runs) -> None:
         with channel.frame():
@@ -190,7 +224,7 @@ class Pager:
         placed = 0
         for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
             pages = page_runs.page_count(batch)
-            channel.receive_into(memoryview(self._buffer)[: pages * PAGE_BYTES])
+            channel.receive_into(self._buffer_view[: pages * PAGE_BYTES])
             fresh = self._place(index, batch, self._buffer_address)
             self._sent_twice_bytes += (pages - fresh) * PAGE_BYTES
             placed += fresh
@@ -246,24 +280,32 @@ class Pager:
         return page_runs.page_count(claimed)
 
     def _carry_out(self, block_index: int, claimed: Runs, place: Callable[[int, int], int]) -> None:
-        """Place claimed runs, one after the other. A host without memory makes it wait, not fail: the VM
-        has no other home. What cannot be placed because QEMU has ended is given back.
-        """
-        for row, (first, count) in enumerate(claimed.tolist()):
-            while True:
-                try:
-                    place(first, count)
-                except KernelError:
-                    if self._stopping.wait(_RETRY_S):
-                        self.missing.give_back(block_index, claimed[row:])
-                        raise
-                    continue
-                except TranshumeError:
-                    self.missing.give_back(block_index, claimed[row:])
-                    raise
-                break
+        """Place claimed runs, one after the other."""
+        for first, count in claimed.tolist():
+            self._insist(partial(place, first, count), block_index, first, claimed)
         if len(claimed) and self.missing.settle(block_index, claimed) == 0:
             self._on_all_placed()
+
+    def _insist(
+        self, place: Callable[[], int], block_index: int, first_page: int, claimed: Runs | None = None
+    ) -> None:
+        """Place a claimed run. A host without memory makes it wait, not fail: the VM has no other home.
+
+        What cannot be placed because QEMU has ended is given back, with all that was claimed and comes after
+        it.
+        """
+        while True:
+            try:
+                place()
+            except TranshumeError as error:
+                if isinstance(error, KernelError) and not self._stopping.wait(_RETRY_S):
+                    continue
+                rest = page_runs.single(first_page, 1)
+                if claimed is not None:
+                    rest = claimed[claimed[:, 0] >= first_page]
+                self.missing.give_back(block_index, rest)
+                raise
+            return
 
     # --- what it was like ------------------------------------------------------------------------
 
