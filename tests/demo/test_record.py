@@ -77,6 +77,6 @@ def test_the_table_shows_every_record_within_80_columns() -> None:
     console.print(table_of([RECORD, replace(RECORD, engine="transhume", corrupt_pages=7)]))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
-    for word in ("qemu", "transhume", "beta", "completed", "2.35", "12.3", "15.6", "300", " 7"):
+    for word in ("qemu", "transhume", "beta", "pre-copy", "2.35", "12.3", "15.6", "300", " 7"):
         assert word in text
     assert "…" not in text

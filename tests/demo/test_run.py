@@ -33,8 +33,17 @@ def test_a_running_vm_is_moved_there_and_back_by_each_engine(guest: Guest, tmp_p
     )
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(records_file.read_text())
-    moves = [(record["engine"], record["vm_runs_on"]) for record in records]
-    assert moves == [("transhume", "beta"), ("transhume", "alpha"), ("qemu", "beta"), ("qemu", "alpha")]
+    moves = [(record["engine"], record["mode"], record["vm_runs_on"]) for record in records]
+    assert moves == [
+        ("transhume", "pre-copy", "beta"),
+        ("transhume", "pre-copy", "alpha"),
+        ("qemu", "pre-copy", "beta"),
+        ("qemu", "pre-copy", "alpha"),
+        ("transhume", "post-copy", "beta"),
+        ("transhume", "hybrid", "alpha"),
+        ("transhume", "pre-copy/after-state", "beta"),
+        ("transhume", "pre-copy/on-demand", "alpha"),
+    ]
     for record in records:
         assert record["outcome"] == "completed"
         assert record["corrupt_pages"] == 0

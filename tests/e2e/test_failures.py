@@ -340,6 +340,16 @@ async def test_the_deadline_switches(farm: Farm) -> None:
     await farm.assert_sound("vm", "beta")
 
 
+async def test_the_deadline_leaves_the_rest_for_after_the_resume(farm: Farm) -> None:
+    """In mode auto a deadline costs no downtime."""
+    await farm.boot("vm")
+    record = await farm.migrate("vm", "beta", bandwidth_bytes_s=SLOW_BYTES_S, deadline_s=1.5)
+    assert record.outcome is Outcome.COMPLETED, record.error
+    assert record.report.switch_reason == "the deadline passed: the rest follows after the resume"
+    assert record.report.paging is not None
+    await farm.assert_sound("vm", "beta")
+
+
 async def _ended_at_source(farm: Farm, migration: str) -> Migration:
     async def over() -> Migration | None:
         async with farm.client() as client:

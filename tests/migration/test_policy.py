@@ -357,6 +357,12 @@ def test_auto_at_the_deadline(on_deadline: OnDeadline, choice: Choice) -> None:
     assert choice is Choice.ABORT or decision.rest is Rest.BOTH
 
 
+def test_auto_with_a_hash_of_all_ram_never_gives_way() -> None:
+    assert not MigrationOptions(verify=True).may_page
+    decision = verdict(passes(100_000, 90_000), MigrationOptions(verify=True))
+    assert decision.choice is Choice.CONTINUE
+
+
 def test_auto_without_post_copy_never_gives_way() -> None:
     decision = verdict(passes(100_000, 90_000), MigrationOptions(post_copy=False))
     assert decision.choice is Choice.CONTINUE
@@ -370,6 +376,7 @@ def test_auto_without_post_copy_never_gives_way() -> None:
         {"mode": "post-copy", "iterations": 1},
         {"rest": "both", "post_copy": False},
         {"mode": "post-copy", "engine": "qemu"},
+        {"mode": "hybrid", "verify": True},
     ],
 )
 def test_orders_that_contradict_themselves_are_refused(options: dict[str, Any]) -> None:

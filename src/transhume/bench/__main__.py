@@ -20,11 +20,12 @@ from transhume.bench.engine import ENGINE
 from transhume.bench.figure import Figure, table_of, write_figures
 from transhume.bench.machine import machine_facts
 from transhume.bench.play import Bench, Part
+from transhume.bench.postcopy import POSTCOPY
 from transhume.demo.guest.build import ensure_guest
 from transhume.demo.lab import Lab, sweep
 from transhume.model.errors import TranshumeError
 
-GROUPS: Mapping[str, tuple[Part, ...]] = {"engine": ENGINE}
+GROUPS: Mapping[str, tuple[Part, ...]] = {"engine": ENGINE, "postcopy": POSTCOPY}
 FIGURES_FILE = Path("build/bench/figures.jsonl")
 
 

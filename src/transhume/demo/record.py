@@ -10,14 +10,14 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from transhume.model.migration import Migration, Outcome
-
-MODE = "pre-copy"
+from transhume.model.migration import Migration, Mode, Outcome
 
 
 @dataclass(frozen=True)
 class DemoRecord:
-    """`downtime_ms` is what the engine measured, `guest_gap_ms` what an observer outside the VM saw.
+    """`mode` is the order of transfer; behind a slash when the last pages travelled, if that was asked for.
+
+    `downtime_ms` is what the engine measured, `guest_gap_ms` what an observer outside the VM saw.
 
     `corrupt_pages` were found wrong by the guest, which verified all its pages after the migration;
     `vm_runs_on` is the owner in the farm's register.
@@ -44,7 +44,7 @@ def record_of(migration: Migration, guest_gap_ms: float, corrupt_pages: int, vm_
     report = migration.report
     return DemoRecord(
         engine=migration.options.engine.value,
-        mode=MODE,
+        mode=_mode(migration),
         outcome=migration.outcome.value,
         total_ms=round(report.total_ms, 1),
         downtime_ms=round(report.downtime.total_ms, 1),
@@ -57,23 +57,31 @@ def record_of(migration: Migration, guest_gap_ms: float, corrupt_pages: int, vm_
     )
 
 
+def _mode(migration: Migration) -> str:
+    """Which order it was; what the engine chose by itself is told by what came of it."""
+    options = migration.options
+    if options.mode is Mode.AUTO:
+        return Mode.PRE_COPY.value if migration.report.paging is None else Mode.HYBRID.value
+    return options.mode.value if options.rest is None else f"{options.mode.value}/{options.rest.value}"
+
+
 def write_json(path: Path, records: Sequence[DemoRecord]) -> None:
     path.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n")
 
 
 def table_of(records: Sequence[DemoRecord]) -> Table:
     """The records for a person, narrow enough for a terminal of 80 columns."""
-    title = "One running VM, moved there and back by each engine"
+    title = "One running VM, moved there and back by each engine and in each order"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("engine", "now on", "outcome"):
+    for name in ("engine", "mode", "now on"):
         table.add_column(name, no_wrap=True)
     for measure in ("total\ns", "downtime\nms", "guest gap\nms", "sent\nMB", "passes\n", "wrong\npages"):
         table.add_column(measure, justify="right", no_wrap=True)
     for record in records:
         table.add_row(
             record.engine,
+            record.mode.rpartition("/")[2] if record.outcome == Outcome.COMPLETED else record.outcome,
             record.vm_runs_on,
-            record.outcome,
             f"{record.total_ms / 1000:.2f}",
             f"{record.downtime_ms:.1f}",
             f"{record.guest_gap_ms:.1f}",

@@ -35,6 +35,18 @@ VM = "shepherd"
 MEMORY_MIB = 256
 WORKLOAD = Workload(memory_mib=96, rate_pages_s=2000, verify_pages_s=20000)
 WIRE_BITS_S = 1_000_000_000
+MOVES: tuple[tuple[Engine, tuple[str, ...]], ...] = (
+    (Engine.TRANSHUME, ()),
+    (Engine.TRANSHUME, ("--mode", "pre-copy")),
+    (Engine.QEMU, ()),
+    (Engine.QEMU, ()),
+    (Engine.TRANSHUME, ("--mode", "post-copy")),
+    (Engine.TRANSHUME, ("--mode", "hybrid")),
+    (Engine.TRANSHUME, ("--mode", "pre-copy", "--iterations", "1", "--rest", "after-state")),
+    (Engine.TRANSHUME, ("--mode", "pre-copy", "--iterations", "1", "--rest", "on-demand", "--deadline", "5")),
+)
+"""There and back by each engine, then in each order of transfer."""
+
 _BOOT_LIMIT_S = 60.0
 _VERIFY_LIMIT_S = 60.0
 _AT_REST_S = 2.0
@@ -113,14 +125,19 @@ def _move_there_and_back(
     lab: Lab, observer: Observer, console: Console, status: Status, records: list[DemoRecord]
 ) -> None:
     home, away = lab.hosts
-    for engine in Engine:
-        for destination in (away, home):
-            records.append(_move(home, destination, engine, observer, status))
-            console.print(_sentence(records[-1], destination), highlight=False, soft_wrap=True)
+    for number, (engine, order) in enumerate(MOVES):
+        destination = home if number % 2 else away
+        records.append(_move(home, destination, engine, order, observer, status))
+        console.print(_sentence(records[-1], destination), highlight=False, soft_wrap=True)
 
 
 def _move(
-    asked: LabHost, destination: LabHost, engine: Engine, observer: Observer, status: Status
+    asked: LabHost,
+    destination: LabHost,
+    engine: Engine,
+    order: tuple[str, ...],
+    observer: Observer,
+    status: Status,
 ) -> DemoRecord:
     """Move the VM, wait until the guest has verified every page, and tell what was seen.
 
@@ -128,7 +145,7 @@ def _move(
     """
     corrupt_before = observer.ask(Timeline.corrupt_pages)
     start_s = time.monotonic()
-    migration = _migrate(asked, destination, engine, status)
+    migration = _migrate(asked, destination, engine, order, status)
     status.update("the guest verifies every page")
     observer.wait_for_full_verification(_VERIFY_LIMIT_S)
     return record_of(
@@ -139,9 +156,11 @@ def _move(
     )
 
 
-def _migrate(asked: LabHost, destination: LabHost, engine: Engine, status: Status) -> Migration:
+def _migrate(
+    asked: LabHost, destination: LabHost, engine: Engine, order: tuple[str, ...], status: Status
+) -> Migration:
     """Run `transhume migrate --json` and show its progress; gives the migration as its last line has it."""
-    words = ("migrate", VM, "--to", destination.name, "--engine", engine.value, "--json")
+    words = ("migrate", VM, "--to", destination.name, "--engine", engine.value, *order, "--json")
     command = asked.transhume_command(*words)
     status.update(f"moving the VM to {destination.name} by {engine.value}")
     with tempfile.TemporaryFile() as complaints:
@@ -178,11 +197,12 @@ def _owner(asked: LabHost) -> str:
 
 
 def _sentence(record: DemoRecord, destination: LabHost) -> str:
+    who = f"{record.engine}, {record.mode}"
     if record.outcome != Outcome.COMPLETED:
-        return f"{record.engine}: the move to {destination.name} {record.outcome}; VM on {record.vm_runs_on}"
+        return f"{who}: the move to {destination.name} {record.outcome}; VM on {record.vm_runs_on}"
     return (
-        f"{record.engine}: moved to {destination.name} in {record.total_ms / 1000:.2f} s; the guest stood"
-        f" still for {record.guest_gap_ms:.0f} ms; {record.corrupt_pages} wrong pages"
+        f"{who}: moved to {destination.name} in {record.total_ms / 1000:.2f} s; the guest stood still for"
+        f" {record.guest_gap_ms:.0f} ms; {record.corrupt_pages} wrong pages"
     )
 
 

@@ -84,7 +84,8 @@ class MigrationOptions(BaseModel):
     is made. `bandwidth_bytes_s` paces the pre-copy (None: as fast as possible). `deadline_s` counts
     from the request. `peer_silence_limit_s` is how long the other end may say nothing;
     `wait_limit_s` how long a prepared destination waits for its source (step 3A). `verify` compares a
-    hash of all RAM at the switchover, which lengthens the downtime by the time to read it.
+    hash of all RAM at the switchover, which lengthens the downtime by the time to read it; then nothing is
+    left for after the resume.
 
     `mode` and `rest` choose the order of transfer; `rest` is None when the mode decides. `iterations` ends
     the pre-copy after so many passes, whatever is left then. `post_copy` False keeps every page from being
@@ -118,7 +119,9 @@ class MigrationOptions(BaseModel):
             return False
         if self.rest is not None:
             return self.rest.after_resume
-        return self.mode in (Mode.POST_COPY, Mode.HYBRID) or (self.mode is Mode.AUTO and self.post_copy)
+        if self.mode is Mode.AUTO:
+            return self.post_copy and not self.verify
+        return self.mode in (Mode.POST_COPY, Mode.HYBRID)
 
     @model_validator(mode="after")
     def _contradictions(self) -> MigrationOptions:
@@ -131,6 +134,11 @@ class MigrationOptions(BaseModel):
         if self.mode in (Mode.POST_COPY, Mode.HYBRID) and self.rest is not None and not after_resume:
             raise ValueError(
                 f"mode {self.mode} leaves pages for after the resume, and rest {self.rest} does not"
+            )
+        if self.verify and (self.mode in (Mode.POST_COPY, Mode.HYBRID) or after_resume):
+            raise ValueError(
+                "verify compares all RAM at the switchover, and then some is still owed: leave it out, "
+                "or choose mode pre-copy"
             )
         if self.mode is Mode.POST_COPY and self.iterations is not None:
             raise ValueError("mode post-copy makes no pass before the switchover: leave the iterations out")

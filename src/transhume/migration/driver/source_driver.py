@@ -68,6 +68,7 @@ LEAST_QUEUE_BYTES = 64 << 10
 FIT_QUEUE_S = 0.2
 """While pages are pushed the socket's queue is kept short, fitted so often: faults share the path."""
 
+LAST_WORDS_S = 0.3
 STUCK_S = 1.0
 QUIT_LIMIT_S = 3.0
 Result = TypeVar("Result")
@@ -205,8 +206,8 @@ class SourceDriver(Driver[SourceState]):
         if adjustment.switch_to_post_copy and not self._options.may_page:
             return AdjustReply(
                 accepted=False,
-                message=f"the destination was not prepared for page faults: the migration began with mode "
-                f"{self._options.mode.value}{'' if self._options.post_copy else ' and --no-post-copy'}",
+                message="the destination was not prepared for page faults: the migration began with "
+                f"{_why_no_paging(self._options)}",
             )
         if adjustment.switch_to_post_copy and phase is not Phase.PRECOPY:
             return AdjustReply(
@@ -316,10 +317,21 @@ class SourceDriver(Driver[SourceState]):
         try:
             serve_faults(channel, ram, self._fault_answered, self._faults_answered)
         except (HostLost, PeerProtocolError) as error:
-            self._loop.call_soon_threadsafe(self._lose_link, error)
+            self._loop.call_soon_threadsafe(self._lose_fault_connection, channel, error)
         except OSError as error:
             self._log(f"a page could not be read: {error}")
             channel.shutdown("a page could not be read")
+
+    def _lose_fault_connection(self, channel: FrameChannel, error: TranshumeError) -> None:
+        """A destination that gives up closes both connections, and tells why on the main one: hear it
+        first.
+        """
+
+        def lose() -> None:
+            if self._fault_channel is channel:
+                self._lose_link(error)
+
+        self._loop.call_later(LAST_WORDS_S, lose)
 
     def _fault_answered(self, block_index: int, page: int) -> None:
         self._paged_wire_bytes += PAGE_BYTES
@@ -793,6 +805,12 @@ class SourceDriver(Driver[SourceState]):
 
 def _count(runs: list[Runs]) -> int:
     return sum(page_runs.page_count(each) for each in runs)
+
+
+def _why_no_paging(options: MigrationOptions) -> str:
+    if not options.post_copy:
+        return "--no-post-copy"
+    return "--verify" if options.verify else f"mode {options.mode.value}"
 
 
 def _join(pieces: list[Runs]) -> Runs:
