@@ -11,6 +11,7 @@ from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import Command, Event, Rule
 from transhume.migration.source import SourceMachine, SourceState
 from transhume.model.migration import Outcome
+from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.farm import Parts
 from transhume.sim.source_mover import SimSourceMover
 
@@ -207,6 +208,117 @@ class TakesALinkThatBreaksForALostVm(FreeSource):
         return self._go_on()
 
 
+# --- pages that are owed after the resume ------------------------------------------------------------
+
+
+class RetiresWhenTheLinkBreaks(FreeSource):
+    table: ClassVar = changed(SourceMachine.table, (S.PAGING, ev.LinkLost, "_retire_now"))
+
+    def _retire_now(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        return self._all_paged(now_s)
+
+
+class RetiresWhenTheDestinationRuns(FreeSource):
+    def _running(self, event: ev.PeerRunning, now_s: float) -> Sequence[Command]:
+        self._owing = False
+        return super()._running(event, now_s)
+
+
+class RetiresWhenCancelledAmidPaging(FreeSource):
+    table: ClassVar = changed(SourceMachine.table, (S.PAGING, ev.CancelRequested, "_free"))
+
+    def _free(self, event: ev.CancelRequested, now_s: float) -> Sequence[Command]:
+        return self._all_paged(now_s)
+
+
+class RetiresWhenItHasLostTheRegister(FreeSource):
+    def _abort_lost(self, event: ev.SwapLost, now_s: float) -> Sequence[Command]:
+        self._owing = False
+        return super()._abort_lost(event, now_s)
+
+
+class TakesAFailedSearchForAnEnd(FreeSource):
+    def _reconnect_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        return self._all_paged(now_s)
+
+
+class DoesNotBelieveThatSomethingIsMissing(FreeSource):
+    def _reconnected(self, event: ev.Reconnected, now_s: float) -> Sequence[Command]:
+        return self._all_paged(now_s)
+
+
+class NeverLooksAgain(FreeSource):
+    def _tick_reconnecting(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
+        return ()
+
+
+class NeverAsksWhetherAllIsOver(FreeSource):
+    def _migration_known(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        return ()
+
+
+class PushesNothing(FreeSource):
+    def _reconnected(self, event: ev.Reconnected, now_s: float) -> Sequence[Command]:
+        return [each for each in super()._reconnected(event, now_s) if not isinstance(each, ev.StartPush)]
+
+    def _state_sent(self, event: ev.StateSent, now_s: float) -> Sequence[Command]:
+        super()._state_sent(event, now_s)
+        return ()
+
+
+class SuccessorForgetsThatItOwes(FreeSource):
+    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
+        return super()._recovered(ev.Recovered(event.state_may_be_sent), now_s)
+
+
+class RunsWithPagesMissing(FreeDestination):
+    def _resumed(self, event: ev.VmResumed, now_s: float) -> Sequence[Command]:
+        self._owed_pages = 0
+        return super()._resumed(event, now_s)
+
+
+class SaysPagedTooEarly(FreeDestination):
+    def _resumed(self, event: ev.VmResumed, now_s: float) -> Sequence[Command]:
+        self._all_here = True
+        return super()._resumed(event, now_s)
+
+
+class SuccessorForgetsThatItLacksPages(FreeDestination):
+    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
+        return super()._recovered(ev.Recovered(event.state_may_be_sent), now_s)
+
+
+class FinishesWhenTheSourceIsLost(FreeDestination):
+    def _source_lost(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        return self._finished_alone(event, now_s)
+
+
+class NeverGivesUp(FreeDestination):
+    def _tick_paging(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
+        return ()
+
+
+class DoesNotNoticeThatAllIsHere(FreeDestination):
+    def _note_all_paged(self, event: ev.AllPaged, now_s: float) -> Sequence[Command]:
+        return ()
+
+
+class PlacesWhatComesTwice(SimDestinationMover):
+    def unplaced(self, pages: tuple[int, ...]) -> tuple[int, ...]:
+        return pages
+
+
+class SuccessorForgetsWhatWasPlaced(SimDestinationMover):
+    def still_missing(self, owed: frozenset[int]) -> set[int]:
+        return set(owed)
+
+
+class LetsTheVmReadZeros(SimDestinationMover):
+    def _start_paging(self) -> None:
+        super()._start_paging()
+        self.vm.guard(False)
+
+
 BROKEN: dict[str, Parts] = {
     part.__name__: Parts(source=part)
     for part in (
@@ -223,6 +335,16 @@ BROKEN: dict[str, Parts] = {
         WaitsForTheCommitForEver,
         WaitsForWordOfTheResumeForEver,
         TakesALinkThatBreaksForALostVm,
+        RetiresWhenTheLinkBreaks,
+        RetiresWhenTheDestinationRuns,
+        RetiresWhenCancelledAmidPaging,
+        RetiresWhenItHasLostTheRegister,
+        TakesAFailedSearchForAnEnd,
+        DoesNotBelieveThatSomethingIsMissing,
+        NeverLooksAgain,
+        NeverAsksWhetherAllIsOver,
+        PushesNothing,
+        SuccessorForgetsThatItOwes,
     )
 }
 BROKEN |= {
@@ -242,9 +364,19 @@ BROKEN |= {
         WaitsForASilentSourceForEver,
         LeavesItsVmBehind,
         DoesNotMissItsQemu,
+        RunsWithPagesMissing,
+        SaysPagedTooEarly,
+        SuccessorForgetsThatItLacksPages,
+        FinishesWhenTheSourceIsLost,
+        NeverGivesUp,
+        DoesNotNoticeThatAllIsHere,
     )
 }
 BROKEN |= {
     part.__name__: Parts(source_mover=part)
     for part in (SuccessorWritesOverTheJournal, NeverThinksThatTheStateWasSent)
+}
+BROKEN |= {
+    part.__name__: Parts(destination_mover=part)
+    for part in (PlacesWhatComesTwice, SuccessorForgetsWhatWasPlaced, LetsTheVmReadZeros)
 }

@@ -283,6 +283,67 @@ def test_nothing_may_be_left_at_the_loser_unless_cleaning_failed() -> None:
         farm.invariants.at_the_end(cleaning_failed=False)
 
 
+def lacking(farm: Farm) -> None:
+    """The VM belongs to the destination and runs there; pages 1 and 2 are still at the source."""
+    farm.prepare()
+    farm.destination.owe({1, 2})
+    farm.destination.guard(True)
+    farm.swap(Side.DESTINATION)
+    farm.settle()
+    farm.destination.change(VmStatus.RUNNING)
+
+
+def test_a_page_is_placed_once() -> None:
+    farm = Farm()
+    lacking(farm)
+    farm.destination.place(1)
+    with pytest.raises(Violation, match="page 1 was placed where the guest may have written it"):
+        farm.destination.place(1)
+    assert farm.destination.missing == {2}
+
+
+def test_a_vm_that_lacks_pages_may_not_run_unguarded() -> None:
+    farm = Farm()
+    lacking(farm)
+    with pytest.raises(Violation, match="reads zeros"):
+        farm.destination.guard(False)
+
+
+def test_a_vm_that_lacks_nothing_needs_no_guard() -> None:
+    farm = Farm()
+    lacking(farm)
+    for page in (1, 2):
+        farm.destination.place(page)
+    farm.destination.guard(False)
+    farm.source.change(VmStatus.GONE)
+    farm.invariants.at_the_end(cleaning_failed=False)
+
+
+def test_the_source_may_not_free_what_the_destination_lacks() -> None:
+    farm = Farm()
+    lacking(farm)
+    with pytest.raises(Violation, match="the source freed its RAM, of which the destination lacks 2"):
+        farm.source.change(VmStatus.GONE)
+
+
+def test_the_source_may_free_its_ram_when_the_destination_died_or_gave_up() -> None:
+    died, gave_up = Farm(), Farm()
+    lacking(died)
+    died.destination.kill()
+    died.source.change(VmStatus.GONE)
+    lacking(gave_up)
+    gave_up.invariants.gave_up = lambda: True
+    gave_up.source.change(VmStatus.GONE)
+    gave_up.invariants.at_the_end(cleaning_failed=False)
+
+
+def test_pages_may_not_be_missing_for_ever_without_a_word() -> None:
+    farm = Farm()
+    lacking(farm)
+    with pytest.raises(Violation, match="lacks pages"):
+        farm.invariants.at_the_end(cleaning_failed=True)
+
+
 @pytest.mark.parametrize(
     ("side", "runs_at", "true"),
     [

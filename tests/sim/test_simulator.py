@@ -21,39 +21,58 @@ SEEDS = 3000
 SEEDS_TO_FIND_A_BUG = 3000
 
 CAUGHT_BY: dict[str, int] = {
-    "ResumesWithoutAsking": 0,
-    "TakesNoAnswerForAnAbort": 151,
-    "TakesALostAbortForAWonOne": 0,
-    "CancelsBeforeItKnowsThatItIsASuccessor": 333,
-    "ResumesWhenItCannotBegin": 607,
-    "TakesARetiredVmForALostOne": 978,
-    "DoesNotPause": 1,
+    "ResumesWithoutAsking": 7,
+    "TakesNoAnswerForAnAbort": 88,
+    "TakesALostAbortForAWonOne": 7,
+    "CancelsBeforeItKnowsThatItIsASuccessor": 214,
+    "ResumesWhenItCannotBegin": 7,
+    "TakesARetiredVmForALostOne": 214,
+    "DoesNotPause": 3,
     "SendsTheStateBeforeTheLastPages": 1,
     "RetiresWhenTheStateIsSent": 1,
-    "NeverAsksAgain": 151,
-    "WaitsForTheCommitForEver": 70,
-    "WaitsForWordOfTheResumeForEver": 615,
+    "NeverAsksAgain": 71,
+    "WaitsForTheCommitForEver": 167,
+    "WaitsForWordOfTheResumeForEver": 70,
     "TakesALinkThatBreaksForALostVm": 12,
-    "ResumesBeforeItsSwap": 0,
-    "DoesNotKnowItsOwnEarlierCommit": 0,
-    "BelievesARefusalAfterAnUnansweredCommit": 1021,
-    "SkipsTheRevoke": 56,
-    "GivesUpAmidItsCommit": 151,
-    "DoesNotUnderstandTheFarewell": 368,
-    "DestroysBeforeItKnowsThatItIsASuccessor": 40,
-    "DestroysWhenItCannotBegin": 27,
-    "CommitsWithoutLoading": 0,
-    "NeverCommitsAgain": 0,
-    "WaitsForTheSourceForEver": 11,
-    "WaitsForASilentSourceForEver": 48,
-    "LeavesItsVmBehind": 7,
-    "DoesNotMissItsQemu": 187,
-    "SuccessorWritesOverTheJournal": 72,
-    "NeverThinksThatTheStateWasSent": 56,
+    "RetiresWhenTheLinkBreaks": 17,
+    "RetiresWhenTheDestinationRuns": 1,
+    "RetiresWhenCancelledAmidPaging": 369,
+    "RetiresWhenItHasLostTheRegister": 148,
+    "TakesAFailedSearchForAnEnd": 17,
+    "DoesNotBelieveThatSomethingIsMissing": 17,
+    "NeverLooksAgain": 17,
+    "NeverAsksWhetherAllIsOver": 49,
+    "PushesNothing": 36,
+    "SuccessorForgetsThatItOwes": 23,
+    "ResumesBeforeItsSwap": 1,
+    "DoesNotKnowItsOwnEarlierCommit": 3,
+    "BelievesARefusalAfterAnUnansweredCommit": 17,
+    "SkipsTheRevoke": 48,
+    "GivesUpAmidItsCommit": 141,
+    "DoesNotUnderstandTheFarewell": 1634,
+    "DestroysBeforeItKnowsThatItIsASuccessor": 482,
+    "DestroysWhenItCannotBegin": 841,
+    "CommitsWithoutLoading": 1,
+    "NeverCommitsAgain": 3,
+    "WaitsForTheSourceForEver": 41,
+    "WaitsForASilentSourceForEver": 13,
+    "LeavesItsVmBehind": 0,
+    "DoesNotMissItsQemu": 202,
+    "RunsWithPagesMissing": 17,
+    "SaysPagedTooEarly": 1,
+    "SuccessorForgetsThatItLacksPages": 2242,
+    "FinishesWhenTheSourceIsLost": 17,
+    "NeverGivesUp": 70,
+    "DoesNotNoticeThatAllIsHere": 33,
+    "SuccessorWritesOverTheJournal": 143,
+    "NeverThinksThatTheStateWasSent": 23,
+    "PlacesWhatComesTwice": 5,
+    "SuccessorForgetsWhatWasPlaced": 154,
+    "LetsTheVmReadZeros": 1,
 }
 """The first seed that catches each. When the plans change, others do, and finding one takes longer."""
 
-REGRESSION_SEEDS: tuple[int, ...] = (333, 607, 978, 40, 27, 70, 187, 368, 72)
+REGRESSION_SEEDS: tuple[int, ...] = (214, 7, 482, 841, 167, 202, 1634, 143)
 """Each of these catches a bug that the product's machines or movers once had."""
 
 
@@ -84,9 +103,9 @@ def test_a_seed_that_failed_once_stays_good(seed: int) -> None:
 
 def test_the_seeds_tell_stories_of_every_kind(played: Played) -> None:
     endings = Counter(result.ending for result in played.results)
-    assert set(endings) == {"moved", "stayed", "never begun", "lost with its QEMU"}
+    assert set(endings) == {"moved", "stayed", "never begun", "lost with its QEMU", "lacks pages"}
     assert min(endings["moved"], endings["stayed"]) > SEEDS // 5
-    assert min(endings.values()) > SEEDS // 100
+    assert min(endings.values()) > SEEDS // 500
 
 
 def test_the_seeds_lead_through_every_state(played: Played) -> None:
@@ -140,9 +159,9 @@ def test_the_command_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_tells_the_story_of_a_seed_that_goes_wrong(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--seeds", "2", "--first", "1"], BROKEN["DoesNotPause"]) == 1
+    assert main(["--seeds", "2", "--first", "3"], BROKEN["DoesNotPause"]) == 1
     printed = capsys.readouterr().out
-    assert "--- seed 1 ---" in printed
+    assert "--- seed 3 ---" in printed
     assert "the destination took the VM over while it ran at the source" in printed
     assert "seeds went wrong" in printed
 

@@ -6,13 +6,24 @@ from collections.abc import Callable
 
 from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
-from transhume.migration.machine import Command
-from transhume.model.migration import Engine
+from transhume.migration.machine import Command, Event
+from transhume.model.migration import Engine, Rest
 from transhume.sim.host import SimHost
+from transhume.sim.invariants import Violation
 from transhume.sim.link import Message, Word
-from transhume.sim.mover import HEARD, MoverWorld, SimMover
+from transhume.sim.mover import HEARD, TICK, MoverWorld, SimMover
 from transhume.sim.plan import Side
 from transhume.sim.vm import VmStatus
+
+GIVE_UP_SLACK_S = 5.0
+"""How much longer than asked for a destination may wait for a lost source."""
+
+ALONE_BEFORE_PAGING_COUNTS = False
+"""Whether a source that was lost before the state PAGING, or that a successor has never met, counts as lost.
+
+The machine does not note that: it then never gives up, and does not say that it waits. Until it does, the
+simulator lets it pass.
+"""
 
 
 class LoadState(Command):
@@ -35,16 +46,23 @@ class SimDestinationMover(SimMover):
         super().__init__(world, host, machine)
         self._prepared = prepared
         self._migration_goes_on = migration_goes_on
+        self._owed: set[int] = set()
+        self._pages: set[int] | None = None
+        self._alone_since_s: float | None = None
+        self._heard_s = 0.0
+        self._paging_since_s = 0.0
 
     @property
     def accepts(self) -> bool:
-        """Whether a source that connects now is let in."""
+        """Whether a source that connects now is let in; once pages were owed it may come again."""
+        if self._pages is not None:
+            return self.alive
         return self.alive and self.machine.state is DestinationState.WAITING and self.link is None
 
     def begin(self, predecessor_state: str | None) -> None:
         if predecessor_state is not None:
             if not self.fails_to_begin(predecessor_state):
-                self.tell(ev.Recovered(state_may_be_sent=True))
+                self.tell(ev.Recovered(state_may_be_sent=True, owing=self._take_over_paging()))
             return
         if not self.fails_to_begin(predecessor_state):
             self.qemu(self._made)
@@ -69,6 +87,8 @@ class SimDestinationMover(SimMover):
             self.send(Word.COMMITTED)
         elif isinstance(command, ev.TellPeerRunning):
             self.send(Word.RUNNING)
+        elif isinstance(command, ev.TellPeerPaged):
+            self.after(0.01, self._paged)
         elif isinstance(command, ev.TellPeerFailed):
             self.send(Word.FAILED, text=command.message)
         elif isinstance(command, ev.DestroyVm):
@@ -76,17 +96,39 @@ class SimDestinationMover(SimMover):
         else:
             raise NotImplementedError(f"the simulated destination cannot carry out {command}")
 
+    def tell(self, event: Event) -> None:
+        if event is TICK and self._pages:
+            self._miss_the_source()
+        super().tell(event)
+        if isinstance(event, ev.VmResumed):
+            self._paging_since_s = self.world.schedule.now_s
+
+    def _miss_the_source(self) -> None:
+        """The stream itself notices silence: it ends, and the source hears that, if it hears anything."""
+        options, now_s = self.world.plan.options, self.world.schedule.now_s
+        if self.link is not None and now_s - self._heard_s > options.peer_silence_limit_s:
+            self.drop_link()
+            super().tell(ev.LinkLost("timed-out", "the source says nothing"))
+            self.lost()
+        give_up_s, since_s = options.give_up_after_s, self._alone_since_s
+        if give_up_s is None or since_s is None or self.machine.state is not DestinationState.PAGING:
+            return
+        if now_s - max(since_s, self._paging_since_s) > give_up_s + GIVE_UP_SLACK_S:
+            raise Violation(f"alone since {since_s:.1f} s, and gives up after {give_up_s:g} s")
+
     def hear(self, message: Message) -> None:
+        self._heard_s = self.world.schedule.now_s
         if message.word is Word.HELLO:
-            self.send(Word.WELCOME)
-            self.tell(ev.SourceConnected())
+            self._welcome()
+        elif message.word is Word.PAGE:
+            self._take_pages(message.pages)
         elif message.word is Word.PING:
             self.tell(HEARD)
         elif message.word is Word.PASS_END:
             self.send(Word.PASS_ACK, message.number)
             self.tell(ev.PassReceived(message.number or 0))
         elif message.word is Word.LAST_PAGES:
-            self._take_last_pages(message.number)
+            self._take_last_pages(message)
         elif message.word is Word.STATE:
             self._take_state(message.number)
         elif message.word is Word.NATIVE_STREAM:
@@ -100,15 +142,29 @@ class SimDestinationMover(SimMover):
         if self.world.register.reachable:
             self.tell(ev.MigrationKnown(self._migration_goes_on()))
 
-    def _take_last_pages(self, content: int | None) -> None:
+    def _welcome(self) -> None:
+        self._alone_since_s = None
+        self.tell(ev.SourceConnected())
+        if self._pages is None:
+            self.send(Word.WELCOME)
+        else:
+            self.send(Word.MISSING, pages=tuple(sorted(self._pages)))
+
+    def _take_last_pages(self, message: Message) -> None:
         if self.world.plan.options.engine is not Engine.QEMU:
-            self.vm.ram_content = content
-        self.tell(ev.LastPagesReceived())
+            self.vm.ram_content = message.number
+        self._owed |= set(message.pages)
+        self.tell(ev.LastPagesReceived(len(message.pages)))
 
     def _take_state(self, content: int | None) -> None:
         """QEMU loads while the state arrives, and may have taken it before its end mark is here."""
         if self.world.plan.options.engine is Engine.QEMU:
             self.tell(ev.StateReceived())
+        elif self._owed:
+            self._start_paging()
+            self.tell(ev.StateReceived())
+            if not self.world.plan.load_hangs:
+                self.work(self.world.rng.uniform(0.001, 0.2), self._load_with_missing, content)
         elif self.world.rng.random() < 0.3 and not self.world.plan.load_hangs and self.vm.lives:
             self._load(content)
             self.work(0.001, self.tell, ev.StateReceived())
@@ -123,6 +179,83 @@ class SimDestinationMover(SimMover):
         elif not self.fails(LoadState):
             self.vm.state_content = content
             self.tell(ev.StateLoaded())
+
+    # --- pages owed after the resume -------------------------------------------------------------
+
+    def _start_paging(self) -> None:
+        """From here on nobody reads a page that was named as owed before it is placed."""
+        self.host.owed = frozenset(self._owed)
+        self._pages = set(self._owed)
+        self.vm.owe(self._owed)
+        self.vm.guard(True)
+        self.after(0.01, self._fault)
+
+    def _take_over_paging(self) -> bool:
+        """A successor: what is in memory was placed; the rest of what was noted is missing."""
+        if self.host.owed is None or not self.vm.lives:
+            return False
+        self._pages = self.still_missing(self.host.owed)
+        if ALONE_BEFORE_PAGING_COUNTS:
+            self._alone_since_s = self.world.schedule.now_s
+        if self._pages:
+            self.vm.guard(True)
+            self.after(0.01, self._fault)
+        else:
+            self.vm.guard(False)
+        return bool(self._pages)
+
+    def still_missing(self, owed: frozenset[int]) -> set[int]:
+        """What a successor takes for missing."""
+        return set(owed) - self.vm.placed
+
+    def _fault(self) -> None:
+        """Some vCPU needs some page, now and then, and asks for it again until it is there."""
+        if self._pages and self.vm.lives:
+            if self.vm.status is VmStatus.RUNNING:
+                self._fetch(self.world.rng.choice(sorted(self._pages)))
+            self.after(self.world.rng.uniform(0.01, 1.0), self._fault)
+
+    def _fetch(self, page: int) -> None:
+        if self.world.plan.options.rest is not Rest.BACKGROUND:
+            self.send(Word.FETCH, pages=(page,))
+
+    def _load_with_missing(self, content: int | None) -> None:
+        """To load the device state may need a page: it waits for it like everybody else."""
+        if self._pages and self.world.rng.random() < 0.3:
+            self._load_when_here(content, self.world.rng.choice(sorted(self._pages)))
+        else:
+            self._load(content)
+
+    def _load_when_here(self, content: int | None, page: int) -> None:
+        if self._pages and page in self._pages and self.vm.lives:
+            self._fetch(page)
+            self.work(0.05, self._load_when_here, content, page)
+        else:
+            self._load(content)
+
+    def _take_pages(self, pages: tuple[int, ...]) -> None:
+        self.tell(HEARD)
+        if not self._pages or not self.vm.lives:
+            return
+        for page in self.unplaced(pages):
+            self.vm.place(page)
+            self._pages.discard(page)
+        if not self._pages:
+            self.tell(ev.AllPaged())
+
+    def unplaced(self, pages: tuple[int, ...]) -> tuple[int, ...]:
+        """What has come twice is dropped the second time: the guest may have written it since."""
+        assert self._pages is not None
+        return tuple(page for page in pages if page in self._pages)
+
+    def _paged(self) -> None:
+        self.vm.guard(False)
+        self.send(Word.PAGED)
+
+    def lost(self) -> None:
+        paging = self.machine.state is DestinationState.PAGING
+        if self._alone_since_s is None and (paging or ALONE_BEFORE_PAGING_COUNTS):
+            self._alone_since_s = self.world.schedule.now_s
 
     def _native_loaded(self, content: int | None) -> None:
         self.vm.ram_content = content

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from random import Random
 
 from transhume.migration import events as ev
-from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import UnexpectedEvent
-from transhume.migration.source import SourceMachine
+from transhume.migration.source import SourceMachine, SourceState
 from transhume.model.migration import Migration
-from transhume.sim.destination_mover import SimDestinationMover
+from transhume.sim.destination_mover import ALONE_BEFORE_PAGING_COUNTS, SimDestinationMover
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Invariants, Violation
 from transhume.sim.link import Message, SimLink, Word
@@ -73,6 +73,7 @@ class SimFarm:
             Side.DESTINATION: SimVm(Side.DESTINATION, VmStatus.ABSENT, schedule),
         }
         self._invariants = Invariants(self._vms, self._register)
+        self._invariants.gave_up = self._gave_up
         self._hosts = {side: SimHost(side, vm, schedule, rng) for side, vm in self._vms.items()}
         self._hosts[Side.SOURCE].start_mover = self._start_source
         self._hosts[Side.DESTINATION].start_mover = self._start_destination
@@ -122,6 +123,8 @@ class SimFarm:
         while schedule.now_s < limit_s and schedule.step():
             if not (source.mover_lives or destination.mover_lives) and self._over():
                 return
+            if schedule.now_s > limit_s - AFTER_THE_FAULTS_LIMIT_S * 2 / 3 and self._waits_for_what_is_lost():
+                return
 
     def _start_destination(self) -> None:
         machine = self._parts.destination(self._migration, self._schedule.now_s)
@@ -133,7 +136,9 @@ class SimFarm:
     def _start_source(self) -> None:
         machine = self._parts.source(self._migration, ram_bytes(self._plan.guest), self._schedule.now_s)
         self._start_mover(
-            self._parts.source_mover(self._world, self._hosts[Side.SOURCE], machine, self._connect)
+            self._parts.source_mover(
+                self._world, self._hosts[Side.SOURCE], machine, self._connect, self._migration_goes_on
+            )
         )
 
     def _start_mover(self, mover: SimMover) -> None:
@@ -156,11 +161,13 @@ class SimFarm:
 
     def _connect(self, source: SimSourceMover) -> None:
         """A connection is tried: it is made, refused, or never answered."""
-        destination = self._movers[Side.DESTINATION]
+        destination, again = self._movers[Side.DESTINATION], source.machine.state is SourceState.RECONNECTING
         assert isinstance(destination, SimDestinationMover)
         if any(self._world.deaf.values()):
             return  # TCP's own greeting needs both ways
         if not destination.accepts:
+            if again:
+                return
             source.fail(ev.ConnectPeer, 0.01, "the destination does not listen")
             return
         link = SimLink(
@@ -169,11 +176,15 @@ class SimFarm:
             self._plan.latency_s,
             {Side.SOURCE: source.arrive, Side.DESTINATION: destination.arrive},
         )
+        if destination.link is not None:
+            destination.link.forget()
         link.slow_down(self._world.link_slowness_s)
         source.link = destination.link = self._world.link = link
         link.send(Side.DESTINATION, Message(Word.HELLO))
 
     def _migration_goes_on(self) -> bool:
+        if self._hosts[Side.DESTINATION].last_state == DestinationState.DONE:
+            return False  # its last word went to its daemon
         return not (self._record_ended or (self._source_has_begun and self._hosts[Side.SOURCE].ended))
 
     def _controller_lives(self) -> bool:
@@ -224,6 +235,10 @@ class SimFarm:
             self._cancel(Side.SOURCE)
         elif fault.kind is FaultKind.ABANDON:
             self._cancel(Side.DESTINATION)
+        elif fault.kind is FaultKind.SWITCH:
+            self._switch()
+        elif fault.kind is FaultKind.ADJUST:
+            self._adjust()
         else:
             self._trouble_link(fault)
 
@@ -265,6 +280,24 @@ class SimFarm:
         elif not host.ended:
             host.cancel_pending = True
 
+    def _switch(self) -> None:
+        """A person asks for post-copy; the driver lets that through only amid a pre-copy that may."""
+        mover = self._movers.get(Side.SOURCE)
+        if mover is not None and mover.machine.state is SourceState.PRECOPY and self._plan.options.may_page:
+            mover.tell(ev.SwitchRequested())
+
+    def _adjust(self) -> None:
+        """A person sets other limits; where the machine has no use for them, the driver throws them away."""
+        mover = self._movers.get(Side.SOURCE)
+        if mover is not None and ev.OptionsChanged in mover.machine.table.get(mover.machine.state, {}):
+            options = self._plan.options.model_copy(update={"deadline_s": 2.0, "max_downtime_ms": 500.0})
+            mover.tell(ev.OptionsChanged(options))
+
+    def _gave_up(self) -> bool:
+        """Whether the destination has ended without a page, and says so."""
+        host = self._hosts[Side.DESTINATION]
+        return host.last_state == DestinationState.DONE and "lacks pages" in host.last_error
+
     def _heal(self) -> None:
         """From now on nothing goes wrong any more. What is broken stays broken, what is dead is replaced."""
         if self._transcript is not None:
@@ -272,6 +305,7 @@ class SimFarm:
         self._world.healed = True
         self._faults.clear()
         self._register.heal()
+        self._world.deaf = dict.fromkeys(Side, False)
         self._quicken_link()
         for host in self._hosts.values():
             host.start_daemon()
@@ -279,6 +313,8 @@ class SimFarm:
     # --- the verdict -----------------------------------------------------------------------------
 
     def _judge(self) -> None:
+        if self._waits_for_what_is_lost():
+            return
         if not self._over():
             states = ", ".join(f"{side}: {host.last_state}" for side, host in self._hosts.items())
             raise Violation(f"it does not end: {states} after {self._schedule.now_s:.0f} s")
@@ -287,13 +323,28 @@ class SimFarm:
             if host.last_word:
                 self._invariants.last_word(side, host.last_word)
 
+    def _waits_for_what_is_lost(self) -> bool:
+        """The source's QEMU died, then its mover: nobody has the pages any more, and the destination says so.
+
+        It waits all the same until a person ends it, unless it was told when to give up.
+        """
+        mover, source = self._movers[Side.DESTINATION], self._movers.get(Side.SOURCE)
+        return (
+            mover.alive
+            and bool(mover.vm.missing)
+            and self._vms[Side.SOURCE].was_killed
+            and isinstance(source, SimSourceMover)
+            and not source.has_ram
+            and ("lacks pages" in mover.machine.runs_at or not ALONE_BEFORE_PAGING_COUNTS)
+        )
+
     def _ending(self) -> str:
         """The outcome in a word, for the summary."""
         owner = self._vms[self._register.owner]
         if owner.status is not VmStatus.RUNNING:
             return "lost with its QEMU"
         if owner.side is Side.DESTINATION:
-            return "moved"
+            return "lacks pages" if owner.missing else "moved"
         return "stayed" if self._source_has_begun else "never begun"
 
     def _say(self, text: str) -> None:

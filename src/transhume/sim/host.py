@@ -14,7 +14,10 @@ SUCCESSOR_PAUSE_S = 0.5
 
 
 class SimHost:
-    """One end. `start_mover` makes a new mover process, first or successor alike."""
+    """One end. `start_mover` makes a new mover process, first or successor alike.
+
+    `owed` is the file in which a mover notes the pages that were left for after the resume, None without one.
+    """
 
     def __init__(self, side: Side, vm: SimVm, schedule: Schedule, rng: Random) -> None:
         self.side = side
@@ -23,6 +26,8 @@ class SimHost:
         self.mover_lives = False
         self.journal: list[str] = []
         self.last_word = ""
+        self.last_error = ""
+        self.owed: frozenset[int] | None = None
         self.cancel_pending = False
         self.start_mover: Callable[[], None] | None = None
         self._schedule = schedule

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from transhume.sim.plan import Side
 from transhume.sim.register import SimRegister
 from transhume.sim.vm import SimVm, VmStatus
@@ -18,7 +20,9 @@ class Invariants:
     - the register is given to the destination only while the source is paused, and for good;
     - a destination that runs had all RAM and the whole device state, as the source last had them;
     - nothing is destroyed where the VM belongs, unless its QEMU had died;
-    - a VM whose QEMU never died is never lost.
+    - a VM whose QEMU never died is never lost;
+    - a page that was left for after the resume is placed once, and who needs it before never reads zeros;
+    - the source keeps its RAM as long as a destination that has not given up lacks a page of it.
     """
 
     def __init__(self, vms: dict[Side, SimVm], register: SimRegister) -> None:
@@ -26,6 +30,8 @@ class Invariants:
         self._register = register
         for vm in vms.values():
             vm.on_change = self._vm_changed
+            vm.on_memory = self._memory_changed
+        self.gave_up: Callable[[], bool] = lambda: False
         register.on_change = self._owner_changed
 
     def _vm_changed(self, vm: SimVm, before: VmStatus) -> None:
@@ -37,8 +43,21 @@ class Invariants:
                 raise Violation("the VM runs at both ends")
             if vm.side is Side.DESTINATION:
                 self._demand_whole(vm)
+                self._memory_changed(vm, None)
         elif vm.status is VmStatus.GONE and owner is vm.side and before is not VmStatus.DEAD:
             raise Violation(f"the VM was destroyed at the {vm.side}, to which it belongs")
+        elif vm.status is VmStatus.GONE and owner is not vm.side:
+            self._demand_nothing_lacks(self._vms[owner])
+
+    def _demand_nothing_lacks(self, taken: SimVm) -> None:
+        if taken.lives and taken.missing and not self.gave_up():
+            raise Violation(f"the source freed its RAM, of which the {taken.side} lacks {len(taken.missing)}")
+
+    def _memory_changed(self, vm: SimVm, page: int | None) -> None:
+        if page is not None and page not in vm.missing:
+            raise Violation(f"page {page} was placed where the guest may have written it")
+        if page is None and vm.status is VmStatus.RUNNING and vm.missing and not vm.guarded:
+            raise Violation(f"the VM reads zeros in place of pages {sorted(vm.missing)}")
 
     def _owner_changed(self) -> None:
         if self._register.owner is Side.SOURCE:
@@ -64,6 +83,9 @@ class Invariants:
         (loser,) = (vm for vm in self._vms.values() if vm is not owner)
         if owner.status is not VmStatus.RUNNING and not owner.was_killed:
             raise Violation(f"the VM is lost: {owner.status} at the {owner.side}, to which it belongs")
+        lost_pages = owner.status is VmStatus.RUNNING and owner.missing
+        if lost_pages and not (loser.was_killed or self.gave_up()):
+            raise Violation(f"the VM lacks pages {sorted(owner.missing)} for ever, and nobody says so")
         if loser.status not in (VmStatus.ABSENT, VmStatus.GONE) and not cleaning_failed:
             raise Violation(f"the VM is left over at the {loser.side}: {loser.status}")
 

@@ -23,6 +23,10 @@ class Word(StrEnum):
     PASS_END = "pass-end"
     PASS_ACK = "pass-ack"
     LAST_PAGES = "last-pages"
+    FETCH = "fetch"
+    PAGE = "page"
+    MISSING = "missing"
+    PAGED = "paged"
     STATE = "state"
     NATIVE_STREAM = "native-stream"
     ABORT = "abort"
@@ -35,11 +39,15 @@ class Word(StrEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """One word with what belongs to it: a pass's number, or the content that pages or state were taken of."""
+    """One word with what belongs to it: a pass's number, or the content that pages or state were taken of.
+
+    `pages` are those that are owed, asked for, or here.
+    """
 
     word: Word
     number: int | None = None
     text: str = ""
+    pages: tuple[int, ...] = ()
 
 
 class SimLink:
@@ -100,6 +108,11 @@ class SimLink:
             if not self._lost_from[side]:
                 delay_s = self._rng.uniform(0.0, CLOSE_NOTICE_LIMIT_S)
                 self._schedule.after(delay_s, self._arrive, side, broken, self._cuts)
+
+    def forget(self) -> None:
+        """Another connection takes this one's place: nothing of it is heard any more."""
+        self._closed = True
+        self._cuts += 1
 
     def lose_all_to(self, side: Side) -> None:
         """From now on nothing reaches this end any more, and nobody is told."""

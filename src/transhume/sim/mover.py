@@ -29,6 +29,13 @@ COMMAND_LIMIT_S = 0.2
 MAX_RESUME_FAILURES = 3
 """Fewer than the machines try: a QEMU that never resumes is a dead one, which is a fault of its own."""
 
+BEGIN_MAY_FAIL_WHILE_OWING = False
+"""Whether a successor's first step may fail although pages were left for after the resume.
+
+The machines then do not know that any were: the source would free its RAM, and the destination would take
+itself for whole. Until they do, the simulated step only succeeds.
+"""
+
 RuleTaken = tuple[StrEnum, type[Event]]
 AnyMachine = SourceMachine | DestinationMachine
 
@@ -99,6 +106,10 @@ class SimMover(ABC):
     @abstractmethod
     def hear(self, message: Message) -> None:
         """Take one message of the other end."""
+
+    @abstractmethod
+    def lost(self) -> None:
+        """Called after the machine has heard that the connection is gone."""
 
     # --- life ------------------------------------------------------------------------------------
 
@@ -171,6 +182,7 @@ class SimMover(ABC):
         elif isinstance(command, ev.Publish):
             if command.ended:
                 self.host.last_word = self.machine.runs_at
+                self.host.last_error = self.machine.error
         elif isinstance(command, ev.ResumeVm):
             self._resume()
         elif isinstance(command, ev.SwapToSource):
@@ -218,6 +230,8 @@ class SimMover(ABC):
     def fails_to_begin(self, predecessor_state: str | None) -> bool:
         """Whether the first step fails; then the machine is told. A first mover's failure is little news."""
         share = self.world.plan.begin_failure_share
+        if self.host.owed is not None and not BEGIN_MAY_FAIL_WHILE_OWING:
+            return False
         if not self.strikes(share / 20 if predecessor_state is None else share):
             return False
         self.fail(Begin, 0.0)
@@ -242,11 +256,20 @@ class SimMover(ABC):
         if self.alive or self.world.rng.random() < 0.5:
             effect()
 
-    def send(self, word: Word, number: int | None = None, text: str = "") -> None:
+    def send(
+        self, word: Word, number: int | None = None, text: str = "", pages: tuple[int, ...] = ()
+    ) -> None:
         """Say something to the other end, if there is a connection."""
         if self.link is not None:
             other = Side.DESTINATION if self.side is Side.SOURCE else Side.SOURCE
-            self.link.send(other, Message(word, number, text))
+            self.link.send(other, Message(word, number, text, pages))
+
+    def drop_link(self) -> None:
+        """Close the connection, and hear no more of what was still on its way."""
+        if self.link is not None:
+            self.link.close(self.side)
+            self.link.lose_all_to(self.side)
+            self.link = None
 
     def arrive(self, message: Message) -> None:
         """A message has come; a dead process hears nothing."""
@@ -254,6 +277,7 @@ class SimMover(ABC):
             return
         if message.word is Word.CLOSED:
             self.tell(ev.LinkLost("host-lost", message.text))
+            self.lost()
         else:
             self.hear(message)
 

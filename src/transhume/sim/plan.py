@@ -8,7 +8,7 @@ from random import Random
 
 from transhume.migration.destination import DestinationState
 from transhume.migration.source import SourceState
-from transhume.model.migration import Engine, MigrationOptions, OnDeadline
+from transhume.model.migration import Engine, MigrationOptions, Mode, OnDeadline, Rest
 from transhume.model.vm import PAGE_BYTES
 
 
@@ -33,6 +33,8 @@ class FaultKind(StrEnum):
     REGISTER_FULL = "register-full"
     CANCEL = "cancel"
     ABANDON = "abandon"
+    SWITCH = "switch"
+    ADJUST = "adjust"
 
 
 WINDOWS = (FaultKind.KILL_DAEMON, FaultKind.SLOW_LINK, FaultKind.REGISTER_DOWN, FaultKind.REGISTER_FULL)
@@ -81,6 +83,7 @@ class Plan:
     answer_late_share: float
     request_doubled_share: float
     late_echo_share: float
+    owed_pages: int
     load_hangs: bool
     source_never_begins: bool
     record_outlives_the_begin: bool
@@ -96,14 +99,29 @@ _STATES: dict[Side, tuple[str, ...]] = {
         *(state.value for state in SourceState),
         *(SourceState.STATE, SourceState.AWAITING_COMMIT, SourceState.AWAITING_COMMIT),
         *(SourceState.RESOLVING, SourceState.RETIRING, SourceState.RETIRING),
+        *(SourceState.PAGING, SourceState.PAGING, SourceState.RECONNECTING),
     ),
     Side.DESTINATION: (
         *(state.value for state in DestinationState),
         *(DestinationState.LOADING, DestinationState.COMMITTING, DestinationState.COMMITTING),
         *(DestinationState.REVOKING, DestinationState.RESUMING),
+        *(DestinationState.PAGING, DestinationState.PAGING, DestinationState.PAGING),
     ),
 }
-"""Around the commit more is at stake, so faults come more often there."""
+"""Around the commit, and while pages are missing, more is at stake, so faults come more often there."""
+
+_ORDERS_OF_TRANSFER: tuple[tuple[Mode, Rest | None, int | None], ...] = (
+    (Mode.AUTO, None, None),
+    (Mode.AUTO, None, None),
+    (Mode.PRE_COPY, None, None),
+    (Mode.PRE_COPY, Rest.AFTER_STATE, 1),
+    (Mode.PRE_COPY, Rest.BACKGROUND, 1),
+    (Mode.POST_COPY, None, None),
+    (Mode.POST_COPY, Rest.ON_DEMAND, None),
+    (Mode.HYBRID, None, None),
+    (Mode.HYBRID, Rest.BACKGROUND, 2),
+)
+"""Mode, rest and iterations. Some that leave no page for after the resume stay among them."""
 
 _SIDES = tuple(Side)
 _KINDS = (*FaultKind, FaultKind.KILL_MOVER, FaultKind.KILL_MOVER)
@@ -131,6 +149,7 @@ def draw(rng: Random) -> Plan:
         answer_late_share=rng.choice((0.0, 0.0, 0.3)) if troubled else 0.0,
         request_doubled_share=rng.choice((0.0, 0.3)) if troubled else 0.0,
         late_echo_share=rng.choice((0.0, 0.5)),
+        owed_pages=rng.randint(1, 6),
         load_hangs=troubled and rng.random() < 0.03,
         source_never_begins=troubled and rng.random() < 0.03,
         record_outlives_the_begin=rng.random() < 0.5,
@@ -140,8 +159,16 @@ def draw(rng: Random) -> Plan:
 
 
 def _options(rng: Random) -> MigrationOptions:
+    engine = Engine.QEMU if rng.random() < 0.2 else Engine.TRANSHUME
+    mode, rest, iterations = (
+        (Mode.AUTO, None, None) if engine is Engine.QEMU else rng.choice(_ORDERS_OF_TRANSFER)
+    )
     return MigrationOptions(
-        engine=Engine.QEMU if rng.random() < 0.2 else Engine.TRANSHUME,
+        engine=engine,
+        mode=mode,
+        rest=rest,
+        iterations=iterations,
+        give_up_after_s=rng.choice((None, None, None, 1.5, 6.0)),
         deadline_s=rng.choice((1.0, 5.0, 20.0)),
         on_deadline=rng.choice((OnDeadline.SWITCH, OnDeadline.SWITCH, OnDeadline.ABORT)),
         max_iterations=rng.choice((1, 4, 30)),

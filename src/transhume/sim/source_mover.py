@@ -7,7 +7,7 @@ from collections.abc import Callable
 from transhume.migration import events as ev
 from transhume.migration.machine import Command
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
-from transhume.model.migration import Engine
+from transhume.model.migration import Engine, PagingReport, Rest
 from transhume.model.vm import PAGE_BYTES
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, Word
@@ -18,11 +18,15 @@ from transhume.sim.vm import VmStatus
 STATE_BYTES = 300_000
 SWITCHOVER_COST_S = 0.02
 NATIVE_PASSES_LIMIT = 60
+RECONNECT_LIMIT_S = 3.0
+"""How long a destination that does not answer is waited for before it is looked for again."""
 
 _MAY_BE_SENT = frozenset(
     state.value for state in (*DESTINATION_MAY_COMMIT, SourceState.COMMITTED, SourceState.RETIRING)
 )
 """In the last two the register is known to be the destination's; the successor hears it again from there."""
+
+_PAGING = frozenset({SourceState.PAGING.value, SourceState.RECONNECTING.value})
 
 
 class SimSourceMover(SimMover):
@@ -36,8 +40,10 @@ class SimSourceMover(SimMover):
         host: SimHost,
         machine: SourceMachine,
         connect: Callable[[SimSourceMover], None],
+        migration_goes_on: Callable[[], bool],
     ) -> None:
         super().__init__(world, host, machine)
+        self._migration_goes_on = migration_goes_on
         self._connect = connect
         self._pages_left = world.plan.guest.ram_pages
         self._pass_began_s = 0.0
@@ -45,14 +51,23 @@ class SimSourceMover(SimMover):
         self._pass_pages = 0
         self._interrupted_unsent_pages = 0
         self._last_pages_index = 0
+        self.has_ram = False
+        self._owed: list[int] = []
+        self._resumed_there = False
+        self._reconnects = 0
 
     def begin(self, predecessor_state: str | None) -> None:
         if self.fails_to_begin(predecessor_state):
             return
+        # Whoever has opened the RAM keeps it, even when QEMU ends; a successor that finds none has none.
+        self.has_ram = self.vm.lives
         if predecessor_state is None:
             self.tell(ev.Started())
+        elif predecessor_state in _PAGING:
+            self.tell(ev.Recovered(state_may_be_sent=True, owing=True, paging=True))
         else:
-            self.tell(ev.Recovered(state_may_be_sent=predecessor_state in _MAY_BE_SENT))
+            sent = predecessor_state in _MAY_BE_SENT
+            self.tell(ev.Recovered(state_may_be_sent=sent, owing=self.host.owed is not None))
 
     def carry_out(self, command: Command) -> None:
         rng = self.world.rng
@@ -69,7 +84,10 @@ class SimSourceMover(SimMover):
         elif isinstance(command, ev.PauseVm):
             self.qemu(self._pause)
         elif isinstance(command, ev.SendLastPages):
-            self.work(self._pages_left / self.world.plan.guest.link_pages_s, self._last_pages_sent)
+            if command.rest.after_resume:
+                self.work(0.002, self._name_owed)
+            else:
+                self.work(self._pages_left / self.world.plan.guest.link_pages_s, self._last_pages_sent)
         elif isinstance(command, ev.SendState):
             self.work(rng.uniform(0.002, 0.05), self._state_sent)
         elif isinstance(command, ev.TellPeerAborted):
@@ -78,6 +96,12 @@ class SimSourceMover(SimMover):
             self._retire()
         elif isinstance(command, ev.TellPeerFinished):
             self.send(Word.FINISHED)
+        elif isinstance(command, ev.StartPush):
+            self.work(0.0, self._push)
+        elif isinstance(command, ev.Reconnect):
+            self.after(rng.uniform(0.001, 0.2), self._reconnect)
+        elif isinstance(command, ev.AskController):
+            self.after(0.01, self._ask)
         else:
             raise NotImplementedError(f"the simulated source cannot carry out {command}")
 
@@ -90,7 +114,14 @@ class SimSourceMover(SimMover):
         elif message.word is Word.COMMITTED:
             self.tell(ev.PeerCommitted())
         elif message.word is Word.RUNNING:
+            self._resumed_there = True
             self.tell(ev.PeerRunning(0.001, 0.001, 0.001))
+        elif message.word is Word.FETCH:
+            self._answer(message.pages)
+        elif message.word is Word.MISSING:
+            self._reconnected(message.pages)
+        elif message.word is Word.PAGED:
+            self.tell(ev.PeerPaged(PagingReport()))
         elif message.word is Word.FAILED:
             self.tell(ev.PeerFailed("failed", message.text))
 
@@ -121,7 +152,8 @@ class SimSourceMover(SimMover):
         self.work(0.01, self._end_pass, self._pass_index)
 
     def _end_pass(self, index: int) -> None:
-        self.send(Word.PASS_END, index)
+        if index == self._pass_index:
+            self.send(Word.PASS_END, index)
 
     def _pass_acknowledged(self, index: int | None) -> None:
         """The pass is over when the other end has taken it all; an interrupted one may be over twice."""
@@ -163,7 +195,7 @@ class SimSourceMover(SimMover):
         self.work(0.001, self.tell, ev.LastPagesSent(self._last_result()))
 
     def _last_result(self) -> ev.PassResult:
-        pages = self._pages_left
+        pages = self._pages_left if self.host.owed is None else 0
         return ev.PassResult(self._last_pages_index, pages, 0, pages * PAGE_BYTES, 0.001, 0)
 
     def _state_sent(self) -> None:
@@ -174,6 +206,8 @@ class SimSourceMover(SimMover):
             return
         elif self.fails(ev.SendState):
             return
+        elif self.host.owed is not None:
+            self._name_late()
         elif self.world.rng.random() < 0.3:
             # A device wrote guest memory while it saved its state: those pages go before the end mark.
             self.send(Word.LAST_PAGES, self.vm.still_content)
@@ -190,6 +224,78 @@ class SimSourceMover(SimMover):
     def _retired(self) -> None:
         self.vm.change(VmStatus.GONE)
         self.after(0.001, self.tell, ev.VmRetired())
+
+    # --- pages owed after the resume -------------------------------------------------------------
+
+    def _name_owed(self) -> None:
+        """Nothing is sent but names; without a page left there are none."""
+        if self.fails(ev.SendLastPages):
+            return
+        owed_pages = min(self._pages_left, self.world.plan.owed_pages)
+        pages = tuple(range(owed_pages))
+        if pages:
+            self.host.owed = frozenset(pages)
+            self._owed = list(pages)
+        self.send(Word.LAST_PAGES, self.vm.still_content, pages=pages)
+        self.work(0.001, self.tell, ev.LastPagesSent(self._last_result(), owed_pages=owed_pages))
+
+    def _name_late(self) -> None:
+        """A device wrote guest memory while it saved its state: a page that is owed already, or not yet."""
+        if self.world.rng.random() < 0.3:
+            page = self.world.rng.randrange(self.world.plan.owed_pages + 2)
+            if page not in self._owed:
+                self._owed.append(page)
+            self.send(Word.LAST_PAGES, self.vm.still_content, pages=(page,))
+
+    def _push(self) -> None:
+        """One page after the other, by themselves, from when the order of transfer has that."""
+        rest, now_s = self.world.plan.options.rest, self.world.schedule.now_s
+        early = rest is not Rest.BACKGROUND and not self._resumed_there
+        early |= rest is Rest.ON_DEMAND and now_s < self.machine_deadline_s
+        if early:
+            self.work(0.1, self._push)
+        elif self._owed:
+            self._answer((self._owed.pop(),))
+            self.work(self.world.rng.uniform(0.001, 0.4), self._push)
+
+    @property
+    def machine_deadline_s(self) -> float:
+        """Until when nothing is pushed that is sent on demand alone."""
+        assert isinstance(self.machine, SourceMachine)
+        return self.machine.deadline_s
+
+    def _answer(self, pages: tuple[int, ...]) -> None:
+        if self.has_ram:
+            self.send(Word.PAGE, pages=pages)
+
+    def _reconnect(self) -> None:
+        self._reconnects += 1
+        self.drop_link()
+        self.has_ram |= self.vm.lives
+        self.after(RECONNECT_LIMIT_S, self._reconnect_failed, self._reconnects)
+        if self.has_ram:
+            self._connect(self)
+        if self.link is None and not any(self.world.deaf.values()):
+            self._reconnect_failed(self._reconnects)
+
+    def _reconnect_failed(self, reconnect: int) -> None:
+        if reconnect == self._reconnects and self.machine.state is SourceState.RECONNECTING:
+            self._reconnects += 1
+            self.drop_link()
+            self.tell(ev.CommandFailed("Reconnect", "host-lost", "the destination does not answer"))
+
+    def _reconnected(self, missing: tuple[int, ...]) -> None:
+        self._reconnects += 1
+        self._owed = list(missing)
+        self._resumed_there = True
+        self.tell(ev.Reconnected(len(missing)))
+
+    def lost(self) -> None:
+        self._reconnect_failed(self._reconnects)
+
+    def _ask(self) -> None:
+        if self.world.register.reachable:
+            self.tell(ev.MigrationKnown(self._migration_goes_on()))
 
     # --- QEMU's own engine -----------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 
 from transhume.sim.plan import Side
@@ -27,6 +27,9 @@ class SimVm:
 
     `content` stands for everything that the guest has in memory and devices: a number that changes whenever
     the vCPUs run. `ram_content` and `state_content` are what a destination was given, None before.
+
+    `missing` are the pages that a destination still lacks of that RAM, `placed` those that it lacked once.
+    `guarded`: whether the kernel lets who needs a missing page wait for it; otherwise it reads zeros.
     """
 
     def __init__(self, side: Side, status: VmStatus, schedule: Schedule) -> None:
@@ -35,9 +38,13 @@ class SimVm:
         self.content = 0
         self.ram_content: int | None = None
         self.state_content: int | None = None
+        self.missing: set[int] = set()
+        self.placed: set[int] = set()
+        self.guarded = False
         self.was_killed = False
         self.death_was_noticed = False
         self.on_change: Callable[[SimVm, VmStatus], None] | None = None
+        self.on_memory: Callable[[SimVm, int | None], None] | None = None
         self._schedule = schedule
         self._free_s = 0.0
 
@@ -67,6 +74,24 @@ class SimVm:
             self.content += 1
         if self.on_change is not None:
             self.on_change(self, before)
+
+    def owe(self, pages: Iterable[int]) -> None:
+        """These pages are not here. Whatever an earlier pass brought of them is dropped."""
+        self.missing |= set(pages)
+        self.placed -= self.missing
+
+    def guard(self, guarded: bool) -> None:
+        """Let the kernel hold whoever needs a missing page, or not."""
+        self.guarded = guarded
+        if self.on_memory is not None:
+            self.on_memory(self, None)
+
+    def place(self, page: int) -> None:
+        """Put one page in its place."""
+        if self.on_memory is not None:
+            self.on_memory(self, page)
+        self.missing.discard(page)
+        self.placed.add(page)
 
     def kill(self) -> bool:
         """QEMU dies; False when there was none."""
