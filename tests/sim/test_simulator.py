@@ -13,6 +13,7 @@ from tests.sim.broken import BROKEN
 
 from transhume.migration.destination import DestinationMachine
 from transhume.migration.source import SourceMachine
+from transhume.sim import open_cases
 from transhume.sim.__main__ import main
 from transhume.sim.farm import SeedResult, SimFarm
 from transhume.sim.mover import RuleTaken
@@ -21,58 +22,58 @@ SEEDS = 3000
 SEEDS_TO_FIND_A_BUG = 3000
 
 CAUGHT_BY: dict[str, int] = {
-    "ResumesWithoutAsking": 7,
-    "TakesNoAnswerForAnAbort": 88,
-    "TakesALostAbortForAWonOne": 7,
-    "CancelsBeforeItKnowsThatItIsASuccessor": 214,
-    "ResumesWhenItCannotBegin": 7,
-    "TakesARetiredVmForALostOne": 214,
+    "ResumesWithoutAsking": 3,
+    "TakesNoAnswerForAnAbort": 3,
+    "TakesALostAbortForAWonOne": 3,
+    "CancelsBeforeItKnowsThatItIsASuccessor": 205,
+    "ResumesWhenItCannotBegin": 15,
+    "TakesARetiredVmForALostOne": 366,
     "DoesNotPause": 3,
     "SendsTheStateBeforeTheLastPages": 1,
     "RetiresWhenTheStateIsSent": 1,
-    "NeverAsksAgain": 71,
-    "WaitsForTheCommitForEver": 167,
-    "WaitsForWordOfTheResumeForEver": 70,
-    "TakesALinkThatBreaksForALostVm": 12,
-    "RetiresWhenTheLinkBreaks": 17,
-    "RetiresWhenTheDestinationRuns": 1,
-    "RetiresWhenCancelledAmidPaging": 369,
-    "RetiresWhenItHasLostTheRegister": 148,
-    "TakesAFailedSearchForAnEnd": 17,
+    "NeverAsksAgain": 3,
+    "WaitsForTheCommitForEver": 1,
+    "WaitsForWordOfTheResumeForEver": 87,
+    "TakesALinkThatBreaksForALostVm": 24,
+    "RetiresWhenTheLinkBreaks": 169,
+    "RetiresWhenTheDestinationRuns": 4,
+    "RetiresWhenCancelledAmidPaging": 444,
+    "RetiresWhenItHasLostTheRegister": 17,
+    "TakesAFailedSearchForAnEnd": 60,
     "DoesNotBelieveThatSomethingIsMissing": 17,
-    "NeverLooksAgain": 17,
-    "NeverAsksWhetherAllIsOver": 49,
-    "PushesNothing": 36,
-    "SuccessorForgetsThatItOwes": 23,
-    "ResumesBeforeItsSwap": 1,
-    "DoesNotKnowItsOwnEarlierCommit": 3,
-    "BelievesARefusalAfterAnUnansweredCommit": 17,
-    "SkipsTheRevoke": 48,
-    "GivesUpAmidItsCommit": 141,
-    "DoesNotUnderstandTheFarewell": 1634,
-    "DestroysBeforeItKnowsThatItIsASuccessor": 482,
-    "DestroysWhenItCannotBegin": 841,
-    "CommitsWithoutLoading": 1,
-    "NeverCommitsAgain": 3,
-    "WaitsForTheSourceForEver": 41,
-    "WaitsForASilentSourceForEver": 13,
-    "LeavesItsVmBehind": 0,
-    "DoesNotMissItsQemu": 202,
-    "RunsWithPagesMissing": 17,
-    "SaysPagedTooEarly": 1,
-    "SuccessorForgetsThatItLacksPages": 2242,
-    "FinishesWhenTheSourceIsLost": 17,
-    "NeverGivesUp": 70,
-    "DoesNotNoticeThatAllIsHere": 33,
-    "SuccessorWritesOverTheJournal": 143,
-    "NeverThinksThatTheStateWasSent": 23,
+    "NeverLooksAgain": 3,
+    "NeverAsksWhetherAllIsOver": 3,
+    "PushesNothing": 75,
+    "SuccessorForgetsThatItOwes": 17,
+    "ResumesBeforeItsSwap": 0,
+    "DoesNotKnowItsOwnEarlierCommit": 0,
+    "BelievesARefusalAfterAnUnansweredCommit": 515,
+    "SkipsTheRevoke": 16,
+    "GivesUpAmidItsCommit": 301,
+    "DoesNotUnderstandTheFarewell": 766,
+    "DestroysBeforeItKnowsThatItIsASuccessor": 74,
+    "DestroysWhenItCannotBegin": 11,
+    "CommitsWithoutLoading": 0,
+    "NeverCommitsAgain": 0,
+    "WaitsForTheSourceForEver": 27,
+    "WaitsForASilentSourceForEver": 122,
+    "LeavesItsVmBehind": 1,
+    "DoesNotMissItsQemu": 440,
+    "RunsWithPagesMissing": 3,
+    "SaysPagedTooEarly": 3,
+    "SuccessorForgetsThatItLacksPages": 413,
+    "FinishesWhenTheSourceIsLost": 3,
+    "NeverGivesUp": 60,
+    "DoesNotNoticeThatAllIsHere": 63,
+    "SuccessorWritesOverTheJournal": 884,
+    "NeverThinksThatTheStateWasSent": 17,
     "PlacesWhatComesTwice": 5,
-    "SuccessorForgetsWhatWasPlaced": 154,
-    "LetsTheVmReadZeros": 1,
+    "SuccessorForgetsWhatWasPlaced": 63,
+    "LetsTheVmReadZeros": 3,
 }
 """The first seed that catches each. When the plans change, others do, and finding one takes longer."""
 
-REGRESSION_SEEDS: tuple[int, ...] = (214, 7, 482, 841, 167, 202, 1634, 143)
+REGRESSION_SEEDS: tuple[int, ...] = (205, 15, 366, 74, 11, 1, 440, 766, 884)
 """Each of these catches a bug that the product's machines or movers once had."""
 
 
@@ -127,6 +128,21 @@ def test_a_broken_rule_is_found_out(name: str) -> None:
         if violation and not violation.startswith("AssertionError"):
             return
     pytest.fail(f"no seed below {SEEDS_TO_FIND_A_BUG} catches {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        ("BEGIN_MAY_FAIL_WHILE_OWING", 17),
+        ("ALONE_BEFORE_PAGING_COUNTS", 1504),
+        ("RECORD_MAY_END_AMID_PAGING", 1337),
+        ("LOST_PAGES_MUST_END", 155),
+    ],
+)
+def test_what_is_let_through_still_has_to_be(monkeypatch: pytest.MonkeyPatch, name: str, seed: int) -> None:
+    """When this fails the machines stand the case: take it out of `open_cases`, and keep the seed above."""
+    monkeypatch.setattr(open_cases, name, True)
+    assert SimFarm(seed).run().violation != ""
 
 
 @pytest.mark.parametrize("seed", [3, 109, 625])

@@ -8,6 +8,7 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import Command, Event
 from transhume.model.migration import Engine, Rest
+from transhume.sim import open_cases
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Violation
 from transhume.sim.link import Message, Word
@@ -17,13 +18,6 @@ from transhume.sim.vm import VmStatus
 
 GIVE_UP_SLACK_S = 5.0
 """How much longer than asked for a destination may wait for a lost source."""
-
-ALONE_BEFORE_PAGING_COUNTS = False
-"""Whether a source that was lost before the state PAGING, or that a successor has never met, counts as lost.
-
-The machine does not note that: it then never gives up, and does not say that it waits. Until it does, the
-simulator lets it pass.
-"""
 
 
 class LoadState(Command):
@@ -195,7 +189,7 @@ class SimDestinationMover(SimMover):
         if self.host.owed is None or not self.vm.lives:
             return False
         self._pages = self.still_missing(self.host.owed)
-        if ALONE_BEFORE_PAGING_COUNTS:
+        if open_cases.ALONE_BEFORE_PAGING_COUNTS:
             self._alone_since_s = self.world.schedule.now_s
         if self._pages:
             self.vm.guard(True)
@@ -254,7 +248,7 @@ class SimDestinationMover(SimMover):
 
     def lost(self) -> None:
         paging = self.machine.state is DestinationState.PAGING
-        if self._alone_since_s is None and (paging or ALONE_BEFORE_PAGING_COUNTS):
+        if self._alone_since_s is None and (paging or open_cases.ALONE_BEFORE_PAGING_COUNTS):
             self._alone_since_s = self.world.schedule.now_s
 
     def _native_loaded(self, content: int | None) -> None:

@@ -10,7 +10,8 @@ from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import UnexpectedEvent
 from transhume.migration.source import SourceMachine, SourceState
 from transhume.model.migration import Migration
-from transhume.sim.destination_mover import ALONE_BEFORE_PAGING_COUNTS, SimDestinationMover
+from transhume.sim import open_cases
+from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Invariants, Violation
 from transhume.sim.link import Message, SimLink, Word
@@ -239,6 +240,8 @@ class SimFarm:
             self._switch()
         elif fault.kind is FaultKind.ADJUST:
             self._adjust()
+        elif fault.kind is FaultKind.END_RECORD:
+            self._end_record()
         else:
             self._trouble_link(fault)
 
@@ -293,6 +296,12 @@ class SimFarm:
             options = self._plan.options.model_copy(update={"deadline_s": 2.0, "max_downtime_ms": 500.0})
             mover.tell(ev.OptionsChanged(options))
 
+    def _end_record(self) -> None:
+        """Nobody has reported for long: the controller ends what the register says was committed."""
+        pages_missing = bool(self._vms[Side.DESTINATION].missing)
+        if self._register.owner is Side.DESTINATION:
+            self._record_ended |= open_cases.RECORD_MAY_END_AMID_PAGING or not pages_missing
+
     def _gave_up(self) -> bool:
         """Whether the destination has ended without a page, and says so."""
         host = self._hosts[Side.DESTINATION]
@@ -330,12 +339,13 @@ class SimFarm:
         """
         mover, source = self._movers[Side.DESTINATION], self._movers.get(Side.SOURCE)
         return (
-            mover.alive
+            not open_cases.LOST_PAGES_MUST_END
+            and mover.alive
             and bool(mover.vm.missing)
             and self._vms[Side.SOURCE].was_killed
             and isinstance(source, SimSourceMover)
             and not source.has_ram
-            and ("lacks pages" in mover.machine.runs_at or not ALONE_BEFORE_PAGING_COUNTS)
+            and ("lacks pages" in mover.machine.runs_at or not open_cases.ALONE_BEFORE_PAGING_COUNTS)
         )
 
     def _ending(self) -> str:

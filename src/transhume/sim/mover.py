@@ -12,6 +12,7 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine
 from transhume.migration.machine import Command, Event
 from transhume.migration.source import SourceMachine
+from transhume.sim import open_cases
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, SimLink, Word
 from transhume.sim.plan import SUCCESSOR, Plan, Side
@@ -28,13 +29,6 @@ machines counts ticks, and most of a seed's events would be ticks."""
 COMMAND_LIMIT_S = 0.2
 MAX_RESUME_FAILURES = 3
 """Fewer than the machines try: a QEMU that never resumes is a dead one, which is a fault of its own."""
-
-BEGIN_MAY_FAIL_WHILE_OWING = False
-"""Whether a successor's first step may fail although pages were left for after the resume.
-
-The machines then do not know that any were: the source would free its RAM, and the destination would take
-itself for whole. Until they do, the simulated step only succeeds.
-"""
 
 RuleTaken = tuple[StrEnum, type[Event]]
 AnyMachine = SourceMachine | DestinationMachine
@@ -230,7 +224,7 @@ class SimMover(ABC):
     def fails_to_begin(self, predecessor_state: str | None) -> bool:
         """Whether the first step fails; then the machine is told. A first mover's failure is little news."""
         share = self.world.plan.begin_failure_share
-        if self.host.owed is not None and not BEGIN_MAY_FAIL_WHILE_OWING:
+        if self.host.owed is not None and not open_cases.BEGIN_MAY_FAIL_WHILE_OWING:
             return False
         if not self.strikes(share / 20 if predecessor_state is None else share):
             return False

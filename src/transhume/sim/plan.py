@@ -35,6 +35,7 @@ class FaultKind(StrEnum):
     ABANDON = "abandon"
     SWITCH = "switch"
     ADJUST = "adjust"
+    END_RECORD = "end-record"
 
 
 WINDOWS = (FaultKind.KILL_DAEMON, FaultKind.SLOW_LINK, FaultKind.REGISTER_DOWN, FaultKind.REGISTER_FULL)
