@@ -55,6 +55,7 @@ class SimSourceMover(SimMover):
         self._owed: list[int] = []
         self._resumed_there = False
         self._reconnects = 0
+        self._reconnecting = False
 
     def begin(self, predecessor_state: str | None) -> None:
         if self.fails_to_begin(predecessor_state):
@@ -273,19 +274,20 @@ class SimSourceMover(SimMover):
         self.drop_link()
         self.has_ram |= self.vm.lives
         self.after(RECONNECT_LIMIT_S, self._reconnect_failed, self._reconnects)
+        self._reconnecting = True
         if self.has_ram:
             self._connect(self)
         if self.link is None and not any(self.world.deaf.values()):
             self._reconnect_failed(self._reconnects)
 
     def _reconnect_failed(self, reconnect: int) -> None:
-        if reconnect == self._reconnects and self.machine.state is SourceState.RECONNECTING:
-            self._reconnects += 1
+        if reconnect == self._reconnects and self._reconnecting:
+            self._reconnecting = False
             self.drop_link()
             self.tell(ev.CommandFailed("Reconnect", "host-lost", "the destination does not answer"))
 
     def _reconnected(self, missing: tuple[int, ...]) -> None:
-        self._reconnects += 1
+        self._reconnecting = False
         self._owed = list(missing)
         self._resumed_there = True
         self.tell(ev.Reconnected(len(missing)))
