@@ -160,6 +160,8 @@ class SimMover(ABC):
         kill_after: int | None = None
         if machine.state is not before:
             self.host.journal.append(machine.state)
+            if machine.finished:
+                self.host.last_error = machine.error  # the last word comes before this entry of the journal
             kill_after = world.state_entered(self.side, machine.state)
         for index, command in enumerate(commands):
             if index == kill_after:
@@ -176,7 +178,6 @@ class SimMover(ABC):
         elif isinstance(command, ev.Publish):
             if command.ended:
                 self.host.last_word = self.machine.runs_at
-                self.host.last_error = self.machine.error
         elif isinstance(command, ev.ResumeVm):
             self._resume()
         elif isinstance(command, ev.SwapToSource):
