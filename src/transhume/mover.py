@@ -34,9 +34,10 @@ ANOTHER_LIVES = 7
 
 STANDBY = "--standby"
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.0001
 """How long a thread may keep the interpreter from another: at the switchover a few threads pass the work on
-from one to the next, and Python's 5 ms would be a large part of the downtime.
+from one to the next, and Python's 5 ms would be a large part of the downtime. While pages are owed, a vCPU
+waits for such a turn.
 """
 
 

@@ -96,8 +96,8 @@ def to_owing_resuming(talk: Talk) -> None:
 
 
 def to_owing_revoking(talk: Talk) -> None:
-    recovered = ev.Recovered(state_may_be_sent=True, owing=True)
-    talk.tell(recovered, ev.SwapToSource(), then=D.REVOKING)
+    talk.machine = DestinationMachine(talk.machine.migration, talk.now_s, owed_pages=500)
+    talk.tell(ev.Recovered(state_may_be_sent=True), ev.SwapToSource(), then=D.REVOKING)
 
 
 def to_paging(talk: Talk) -> None:
@@ -353,8 +353,8 @@ def test_a_vm_that_cannot_be_removed_is_not_reported_as_gone(talk: Talk) -> None
 
 @conversation(after=(to_committing,))
 def test_nothing_but_the_register_decides_while_a_commit_is_under_way(talk: Talk) -> None:
+    talk.tell(LINK_LOST)
     talk.echoes(
-        LINK_LOST,
         PEER_ABORTED,
         failed(ev.ResumeVm),
         ev.PeerHeard(),
@@ -464,8 +464,8 @@ def test_a_source_that_has_gone_proves_that_the_commit_was_made(talk: Talk) -> N
 
 @conversation(after=(to_resuming,))
 def test_the_vm_is_resumed_whatever_becomes_of_the_source(talk: Talk) -> None:
+    talk.tell(LINK_LOST)
     talk.echoes(
-        LINK_LOST,
         PEER_ABORTED,
         ev.PeerHeard(),
         ev.CancelRequested(),
@@ -518,7 +518,8 @@ def test_a_running_vm_is_left_alone(talk: Talk) -> None:
 def test_a_successor_moves_the_register_on_before_it_destroys(talk: Talk) -> None:
     talk.tell(ev.Recovered(state_may_be_sent=True), ev.SwapToSource(), then=D.REVOKING)
     assert talk.machine.runs_at == "unknown until the register answers"
-    talk.echoes(LINK_LOST, PEER_ABORTED, failed(ev.SwapToDestination), ev.PeerHeard(), ev.CancelRequested())
+    talk.tell(LINK_LOST)
+    talk.echoes(PEER_ABORTED, failed(ev.SwapToDestination), ev.PeerHeard(), ev.CancelRequested())
     gives_up(talk, ev.SwapWon())
     is_gone(talk)
     assert talk.machine.error_code == "mover-died"
@@ -648,7 +649,9 @@ def test_a_lost_source_is_waited_for(talk: Talk) -> None:
     talk.tell(LINK_LOST, ev.Publish())
     assert talk.machine.runs_at.startswith("destination host south; it lacks pages that only host north has")
     talk.tell(LINK_LOST, ev.Publish())
-    talk.wait(100_000)
+    for _ in range(1000):
+        talk.wait(0.01 + ASK_AGAIN_S, ev.AskController())
+        talk.tell(ev.MigrationKnown(going_on=True))
     talk.tell(ev.SourceConnected(), ev.Publish())
     assert talk.machine.runs_at == "destination host south"
     talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
@@ -658,10 +661,10 @@ def test_a_lost_source_is_waited_for(talk: Talk) -> None:
 def test_a_lost_source_is_waited_for_as_long_as_was_said(talk: Talk) -> None:
     talk.wait(100)
     talk.tell(LINK_LOST, ev.Publish())
-    talk.wait(29)
+    talk.wait(29, ev.AskController())
     talk.wait(1, ev.Publish(ended=True), then=D.DONE)
     assert talk.machine.outcome is Outcome.FAILED
-    assert "lacks pages that only it has" in talk.machine.error
+    assert "lacks pages that only host north had" in talk.machine.error
     assert talk.machine.runs_at == "destination host south"
 
 
@@ -687,9 +690,28 @@ def test_nothing_takes_a_paging_vm_away(talk: Talk) -> None:
     talk.tell(ev.PeerHeard())
 
 
+@conversation(after=(to_paging,))
+def test_a_source_that_has_lost_what_it_owed_is_not_waited_for(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    lost = ev.MigrationKnown(going_on=False, pages_lost=True)
+    talk.tell(lost, ev.Publish(ended=True), then=D.DONE)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "pages-lost")
+
+
+@conversation(after=(to_owing_committing, to_owing_resuming, to_owing_revoking))
+def test_a_source_lost_before_the_resume_is_missed_after_it(talk: Talk) -> None:
+    talk.tell(ev.SourceConnected())
+    talk.tell(LINK_LOST)
+    if talk.machine.state is not D.RESUMING:
+        commits(talk, WON_EARLIER)
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.Publish(), then=D.PAGING)
+    assert "waits for them" in talk.machine.runs_at
+
+
 @conversation(after=(to_committing, to_revoking, to_resuming, to_running))
 def test_a_source_that_comes_again_changes_nothing(talk: Talk) -> None:
-    talk.echoes(ev.SourceConnected())
+    talk.tell(ev.SourceConnected())
+    talk.tell(ev.SourceConnected())
 
 
 @conversation(after=(to_running, to_destroying))

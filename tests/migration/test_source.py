@@ -6,6 +6,7 @@ import pytest
 from tests.migration.conversation import Conversation, Conversations
 
 from transhume.migration import events as ev
+from transhume.migration.driver.loop import Begin
 from transhume.migration.machine import Command, Event
 from transhume.migration.source import (
     COMMIT_LIMIT_S,
@@ -727,7 +728,8 @@ def test_what_was_paged_in_before_the_resume_was_heard_is_not_owed(talk: Talk) -
 
 @conversation(after=(to_owing_state, to_owing_awaiting_commit, to_owing_resolving))
 def test_a_destination_that_runs_is_given_its_pages(talk: Talk) -> None:
-    talk.tell(PEER_RUNNING, ev.Publish(), then=S.PAGING)
+    push = (ev.StartPush(),) if talk.machine.state is S.STATE else ()
+    talk.tell(PEER_RUNNING, *push, ev.Publish(), then=S.PAGING)
 
 
 @conversation(after=(to_paging, to_owing_committed))
@@ -778,7 +780,21 @@ def test_a_destination_that_lacks_nothing_needs_no_more(talk: Talk) -> None:
 
 @conversation(after=(to_reconnecting,))
 def test_a_destination_that_has_finished_needs_no_more(talk: Talk) -> None:
-    talk.tell(ev.MigrationKnown(going_on=False), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    paged = ev.MigrationKnown(going_on=False, paged=True)
+    talk.tell(paged, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_destination_that_failed_ends_it(talk: Talk) -> None:
+    failed_there = ev.MigrationKnown(going_on=False, failed=True)
+    talk.tell(failed_there, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    talk.tell(ev.VmRetired(), ev.TellPeerFinished(), ev.Publish(ended=True), then=S.DONE)
+    assert talk.machine.outcome is Outcome.FAILED
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_record_that_ended_otherwise_frees_nothing_that_is_owed(talk: Talk) -> None:
+    talk.tell(ev.MigrationKnown(going_on=False))
 
 
 @conversation(after=(to_reconnecting,))
@@ -788,14 +804,31 @@ def test_the_last_words_of_the_old_connection_still_count(talk: Talk) -> None:
 
 @conversation()
 def test_a_successor_goes_on_paging(talk: Talk) -> None:
-    recovered = ev.Recovered(state_may_be_sent=True, owing=True, paging=True)
-    looks_again(talk, recovered)
+    looks_again(talk, ev.Recovered(state_may_be_sent=True, paging=True))
 
 
 @conversation()
 def test_a_successor_at_the_switchover_asks_the_register_and_then_goes_on_paging(talk: Talk) -> None:
-    asks_the_register(talk, ev.Recovered(state_may_be_sent=True, owing=True))
+    talk.machine = SourceMachine(talk.machine.migration, RAM_PAGES * PAGE_BYTES, talk.now_s, owing=True)
+    asks_the_register(talk, ev.Recovered(state_may_be_sent=True))
     looks_again(talk, LOST_TO_DESTINATION)
+
+
+@conversation()
+def test_a_successor_that_cannot_begin_frees_nothing_that_is_owed(talk: Talk) -> None:
+    talk.machine = SourceMachine(talk.machine.migration, RAM_PAGES * PAGE_BYTES, talk.now_s, owing=True)
+    asks_the_register(talk, failed(Begin))
+    looks_again(talk, LOST_TO_DESTINATION)
+
+
+@conversation()
+def test_memory_that_died_with_qemu_and_mover_is_told(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("it was not running when the mover started"))
+    answers = (ev.StopWork(), ev.Publish(), ev.RetireVm())
+    talk.tell(ev.Recovered(state_may_be_sent=True, paging=True), *answers, then=S.RETIRING)
+    talk.tell(ev.VmRetired(), ev.TellPeerFinished(), ev.Publish(ended=True), then=S.DONE)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "pages-lost")
+    assert talk.machine.runs_at == "destination host south"
 
 
 @conversation(after=(to_precopy,))

@@ -73,7 +73,7 @@ def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingR
     """The one that knows more: the source's own until the destination's word has come, then that."""
     if held is None or new is None:
         return new or held
-    return max(held, new, key=lambda each: (each.faults + each.pushed_pages, each.residual_ms))
+    return max(held, new, key=lambda each: (each.complete, each.faults + each.pushed_pages, each.residual_ms))
 
 
 def _later(held: Phase, new: Phase) -> Phase:

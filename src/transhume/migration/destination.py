@@ -121,14 +121,14 @@ class DestinationMachine(Machine[DestinationState]):
             ev.Tick: Rule("_tick_committing", (D.REVOKING,)),
             ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(
-                ev.LinkLost,
                 ev.PeerAborted,
                 ev.CommandFailed,
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.MigrationKnown,
-                ev.SourceConnected,
             ),
+            ev.LinkLost: Rule("_note_source_lost", ()),
+            ev.SourceConnected: Rule("_note_source_back", ()),
             ev.AllPaged: Rule("_note_all_paged", ()),
         },
         D.REVOKING: {
@@ -140,24 +140,25 @@ class DestinationMachine(Machine[DestinationState]):
             ev.Tick: Rule("_tick_revoking", ()),
             ev.QemuDied: Rule("_note_qemu_died", ()),
             **ignored(
-                ev.LinkLost,
                 ev.PeerAborted,
                 ev.CommandFailed,
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.MigrationKnown,
-                ev.SourceConnected,
             ),
+            ev.LinkLost: Rule("_note_source_lost", ()),
+            ev.SourceConnected: Rule("_note_source_back", ()),
             ev.AllPaged: Rule("_note_all_paged", ()),
         },
         D.RESUMING: {
             ev.VmResumed: Rule("_resumed", (D.PAGING, D.RUNNING)),
             ev.AllPaged: Rule("_note_all_paged", ()),
+            ev.LinkLost: Rule("_note_source_lost", ()),
+            ev.SourceConnected: Rule("_note_source_back", ()),
             ev.CommandFailed: Rule("_resume_failed", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
             ev.Tick: Rule("_tick_resuming", ()),
             **ignored(
-                ev.LinkLost,
                 ev.PeerAborted,
                 ev.PeerHeard,
                 ev.CancelRequested,
@@ -167,7 +168,6 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.SwapRefused,
                 ev.PeerFinished,
                 ev.MigrationKnown,
-                ev.SourceConnected,
             ),
         },
         D.PAGING: {
@@ -177,12 +177,12 @@ class DestinationMachine(Machine[DestinationState]):
             ev.PeerHeard: Rule("_heard", ()),
             ev.Tick: Rule("_tick_paging", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
+            ev.MigrationKnown: Rule("_known_while_paging", (D.DONE,)),
             **ignored(
                 ev.PeerAborted,
                 ev.PeerFinished,
                 ev.CancelRequested,
                 ev.CommandFailed,
-                ev.MigrationKnown,
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
@@ -237,7 +237,8 @@ class DestinationMachine(Machine[DestinationState]):
     }
     final: ClassVar = frozenset({D.DONE, D.ABORTED})
 
-    def __init__(self, migration: Migration, now_s: float) -> None:
+    def __init__(self, migration: Migration, now_s: float, owed_pages: int = 0) -> None:
+        """`owed_pages`: what a predecessor was still to be given, which is known before anything else."""
         super().__init__(D.CREATING)
         self.migration = migration
         self.outcome = Outcome.RUNNING
@@ -262,9 +263,9 @@ class DestinationMachine(Machine[DestinationState]):
         self._cancel_wanted = False
         self._never_connected = True
         self._vm_is_lost = False
-        self._owed_pages = 0
+        self._owed_pages = owed_pages
         self._all_here = False
-        self._source_lost_since_s: float | None = None
+        self._source_lost_since_s: float | None = now_s if owed_pages else None
 
     @property
     def phase(self) -> Phase:
@@ -311,13 +312,12 @@ class DestinationMachine(Machine[DestinationState]):
         self._waiting_since_s = self._asked_s = now_s
         return (ev.Publish(),)
 
-    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
+    def _recovered(self, _: ev.Recovered, now_s: float) -> Sequence[Command]:
         """The predecessor may have sent a commit whose answer nobody read.
 
         So before anything is destroyed the register is moved on: after `(source, e + 1)` no late commit
         of this epoch can succeed.
         """
-        self._owed_pages = 1 if event.owing else 0
         return self._revoke("mover-died", "the destination's mover died", now_s)
 
     def _source_connected(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
@@ -403,9 +403,17 @@ class DestinationMachine(Machine[DestinationState]):
         self._heard_s = now_s
         return (ev.TellPeerPaged(), ev.Publish())
 
-    def _source_lost(self, _: ev.LinkLost, now_s: float) -> Sequence[Command]:
+    def _note_source_lost(self, _: ev.LinkLost, now_s: float) -> Sequence[Command]:
         if self._source_lost_since_s is None:
             self._source_lost_since_s = now_s
+        return ()
+
+    def _note_source_back(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
+        self._source_lost_since_s = None
+        return ()
+
+    def _source_lost(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        self._note_source_lost(event, now_s)
         return (ev.Publish(),)
 
     def _source_back(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
@@ -416,12 +424,26 @@ class DestinationMachine(Machine[DestinationState]):
     def _tick_paging(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         """Wait for a source that was lost, for ever if nobody set a limit: only it has what is missing."""
         limit_s, since_s = self.migration.options.give_up_after_s, self._source_lost_since_s
-        if limit_s is None or since_s is None or now_s - since_s < limit_s:
+        if since_s is None:
             return ()
+        if limit_s is not None and now_s - since_s >= limit_s:
+            return self._lose_pages("host-lost", f"was not found again within {limit_s:g} s")
+        if now_s - self._asked_s < ASK_AGAIN_S:
+            return ()
+        self._asked_s = now_s
+        return (ev.AskController(),)
+
+    def _known_while_paging(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        """The source may have told the controller that it has lost what it owed."""
+        if not event.pages_lost:
+            return ()
+        return self._lose_pages("pages-lost", "has lost them")
+
+    def _lose_pages(self, code: str, what: str) -> Sequence[Command]:
         self._fail(
-            "host-lost",
-            f"host {self.migration.source} was not found again within {limit_s:g} s, and the VM still lacks "
-            "pages that only it has: where it needs one it stands still. End it with `transhume vm kill`",
+            code,
+            f"the VM lacks pages that only host {self.migration.source} had, which {what}: where it needs "
+            "one it stands still. End it with `transhume vm kill`, and start it from its disks",
         )
         self.outcome = Outcome.FAILED
         self.state = D.DONE

@@ -16,7 +16,7 @@ class PassResult:
     """One pass over the memory, as the sender measured it.
 
     `dirty_pages_after` were found modified by the scan that ended the pass; `unsent_pages` is not zero
-    when the pass was interrupted. `more_zero_pages` needed no bytes.
+    when the pass was interrupted. `written_bytes_s` is how fast the guest wrote, where that was sampled.
     """
 
     index: int
@@ -26,6 +26,7 @@ class PassResult:
     duration_s: float
     dirty_pages_after: int
     unsent_pages: int = 0
+    written_bytes_s: float | None = None
 
 
 # --- events at both ends ---------------------------------------------------------------------------
@@ -109,12 +110,11 @@ class Started(Event):
 class Recovered(Event):
     """A new mover takes over from one that died.
 
-    `state_may_be_sent` is read from the journal: whether the destination may hold the device state. `owing`:
-    whether pages were left for after the resume. `paging`: whether the destination was known to run.
+    `state_may_be_sent` is read from the journal: whether the destination may hold the device state. `paging`:
+    whether the destination was known to run, and to lack pages.
     """
 
     state_may_be_sent: bool
-    owing: bool = False
     paging: bool = False
 
 
@@ -238,9 +238,17 @@ class Listening(Event):
 
 @dataclass(frozen=True)
 class MigrationKnown(Event):
-    """The controller's answer to step 3A's question: whether the migration still goes on."""
+    """The controller's answer to step 3A's question: whether the migration still goes on.
+
+    `paged`: the destination has reported that no page is missing there any more; `pages_lost`: the source,
+    that it has lost pages which it owed. `failed`: an end has reported that the
+    migration failed.
+    """
 
     going_on: bool
+    paged: bool = False
+    pages_lost: bool = False
+    failed: bool = False
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,11 @@ def _why_it_will_not_converge(
         return "the deadline passed: the rest follows after the resume"
     if stalled:
         return "no progress any more: the rest follows after the resume"
-    written_bytes_s = last.dirty_pages_after * PAGE_BYTES / max(last.duration_s, 1e-6)
-    enough = last.wire_bytes >= HOPELESS_SAMPLE_BYTES and last.unsent_pages == 0
+    written_bytes_s = last.written_bytes_s
+    enough = written_bytes_s is not None
+    if written_bytes_s is None:
+        written_bytes_s = last.dirty_pages_after * PAGE_BYTES / max(last.duration_s, 1e-6)
+        enough = last.wire_bytes >= HOPELESS_SAMPLE_BYTES and last.unsent_pages == 0
     if enough and written_bytes_s >= HOPELESS_SHARE * rate_bytes_s:
         return (
             f"memory is written at {written_bytes_s / 1e6:.0f} MB/s and the link carries "

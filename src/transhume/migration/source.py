@@ -136,7 +136,9 @@ class SourceMachine(Machine[SourceState]):
         S.STARTING: {
             # Whether this mover is the first or a successor is not known yet: nothing may be decided.
             ev.Started: Rule("_started", (S.CONNECTING, S.RESUMING, S.ABORTED)),
-            ev.Recovered: Rule("_recovered", (S.RESUMING, S.RESOLVING, S.RECONNECTING, S.ABORTED)),
+            ev.Recovered: Rule(
+                "_recovered", (S.RESUMING, S.RESOLVING, S.RECONNECTING, S.RETIRING, S.ABORTED)
+            ),
             ev.Tick: Rule("", ()),
             ev.CancelRequested: Rule("_cancel_early", ()),
             ev.CommandFailed: Rule("_resolve_command", (S.RESOLVING,)),
@@ -300,7 +302,8 @@ class SourceMachine(Machine[SourceState]):
     }
     final: ClassVar = frozenset({S.DONE, S.ABORTED})
 
-    def __init__(self, migration: Migration, ram_bytes: int, now_s: float) -> None:
+    def __init__(self, migration: Migration, ram_bytes: int, now_s: float, owing: bool = False) -> None:
+        """`owing`: a predecessor has left pages for after the resume, which is known before anything else."""
         super().__init__(S.STARTING)
         self.migration = migration
         self.ram_bytes = ram_bytes
@@ -331,8 +334,11 @@ class SourceMachine(Machine[SourceState]):
         self._lost_everywhere = False
         self._rest = Rest.BEFORE_STATE
         self._switch_wanted = False
-        self._owing = False
+        self._owing = owing
         self._owed_pages = 0
+        self._ended_owing = False
+        self._push_begun = False
+        self._recovered_from_death = False
         self._paging: PagingReport | None = None
         self._paging_since_s: float | None = None
         self._residual_s = 0.0
@@ -447,9 +453,10 @@ class SourceMachine(Machine[SourceState]):
 
     def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
         """A successor cannot go on with the pre-copy: the tracker's state died with its predecessor."""
-        self._owing = event.owing
+        self._recovered_from_death = True
         if event.paging:
-            return self._look_again(event, now_s)
+            self._owing = True
+            return self._retire(event, now_s)
         self._fail(Outcome.FAILED, "mover-died", "the source's mover died; its successor ended the migration")
         if event.state_may_be_sent:
             return self._ask_register(now_s)
@@ -554,6 +561,7 @@ class SourceMachine(Machine[SourceState]):
             update={"state_out_ms": (now_s - self._marks_s["last-pages"]) * 1000}
         )
         # At once: to load the device state may need a page, and in mode background nobody asks for it.
+        self._push_begun = self._owing
         return (ev.StartPush(),) if self._owing else ()
 
     def _committed(self, _: ev.PeerCommitted, now_s: float) -> Sequence[Command]:
@@ -568,7 +576,8 @@ class SourceMachine(Machine[SourceState]):
         if self._owing and self._paging is None:
             self.state = S.PAGING
             self._heard_s = self._paging_since_s = now_s
-            return (ev.Publish(),)
+            # A cancel that came too late may have kept the push from its usual beginning.
+            return (ev.Publish(),) if self._push_begun else (ev.StartPush(), ev.Publish())
         self.state = S.RETIRING
         return (ev.Publish(), ev.RetireVm())
 
@@ -586,7 +595,7 @@ class SourceMachine(Machine[SourceState]):
 
     def _retire(self, event: Event, now_s: float) -> Sequence[Command]:
         if self._owing and self._paging is None:
-            return self._look_again(event, now_s)
+            return self._lose_pages() if self._memory_is_gone else self._look_again(event, now_s)
         self.state = S.RETIRING
         return (ev.StopWork(), ev.Publish(), ev.RetireVm())
 
@@ -638,14 +647,35 @@ class SourceMachine(Machine[SourceState]):
         return (ev.Reconnect(), ev.AskController())
 
     def _migration_known(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
-        return () if event.going_on else self._all_paged(now_s)
+        """Only the destination's own word counts: the controller may end a record for other reasons."""
+        if event.paged:
+            return self._all_paged(now_s)
+        if event.failed:
+            return self._end_owing("host-lost", "the destination has ended without the pages it was owed")
+        return ()
+
+    def _lose_pages(self) -> Sequence[Command]:
+        """The source's QEMU and its mover have both died: what they held is gone, and that must be said."""
+        return self._end_owing(
+            "pages-lost",
+            f"the source's QEMU and mover died while pages were owed: VM {self.migration.vm} runs at host "
+            f"{self.migration.destination} and stands still where it needs one of them; end it with "
+            "`transhume vm kill`, and start it from its disks",
+        )
+
+    def _end_owing(self, code: str, message: str) -> Sequence[Command]:
+        self._ended_owing = True
+        self.state = S.RETIRING
+        self._fail(Outcome.FAILED, code, message)
+        return (ev.StopWork(), ev.Publish(), ev.RetireVm())
 
     def _tick_paging(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         return self._look_again(self._silence(), now_s) if self._silent(now_s) else ()
 
     def _retired(self, _: ev.VmRetired, now_s: float) -> Sequence[Command]:
         self.state = S.DONE
-        self.outcome = Outcome.COMPLETED
+        if not self._ended_owing:
+            self.outcome = Outcome.COMPLETED
         return (ev.TellPeerFinished(), ev.Publish(ended=True))
 
     def _retire_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
@@ -723,6 +753,11 @@ class SourceMachine(Machine[SourceState]):
         self._swap_under_way = True
         self._asked_register_s = now_s
         return (ev.SwapToSource(), ev.Publish())
+
+    @property
+    def _memory_is_gone(self) -> bool:
+        """Whether nobody holds the guest's RAM here: a mover that has seen QEMU alive holds it too."""
+        return self._vm_died and self._recovered_from_death
 
     def _abort_won(self, _: ev.SwapWon, now_s: float) -> Sequence[Command]:
         self._swap_under_way = False

@@ -194,12 +194,14 @@ class PagingReport(BaseModel):
     A fault is a vCPU (or QEMU) that needed a page which had not come: its latency is the time from the
     kernel's notice to the page's placing. `latency_us_histogram` counts faults under each power of two of
     microseconds. `waited_ms` sums up the latencies; `residual_ms` is the time during which the destination
-    needed the source. `sent_twice_bytes` came once on demand and once in the background. `link_lost_ms` is
+    needed the source. `sent_twice_bytes` came once on demand and once in the background. `complete`: the
+    destination itself has said that it lacks nothing. `link_lost_ms` is
     the time without a connection, `link_losses` how often that began.
     """
 
     model_config = ConfigDict(frozen=True)
 
+    complete: bool = False
     owed_pages: int = 0
     faults: int = 0
     fetched_pages: int = 0

@@ -43,17 +43,19 @@ from transhume.model.errors import (
     Unauthorized,
     VmmError,
 )
-from transhume.model.migration import Engine, Outcome, Rest
+from transhume.model.migration import Engine, MigrationReport, Outcome, PagingReport, Rest
 from transhume.model.orders import MigrationUpdate, Prepared
 from transhume.vmm.device_state import IncomingState, prepare_load
 from transhume.vmm.launch import launch
 from transhume.vmm.log import last_words
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeIncoming
+from transhume.vmm.niceness import put_this_thread_first
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import QemuProcess, find_running
 
 KEY_BYTES = 32
+TAKE_OVER_RETRY_S = 1.0
 BACKLOG_CONNECTIONS = 8
 
 
@@ -84,7 +86,10 @@ class DestinationDriver(Driver[DestinationState]):
         vm_user: str,
     ) -> None:
         self._predecessor_state = journal.last_state()
-        machine = DestinationMachine(job.migration, time.monotonic())
+        self._owed_file = OwedFile(journal.folder)
+        self._owed: list[Runs] = self._owed_file.read() or []
+        owed_pages = sum(page_runs.page_count(runs) for runs in self._owed)
+        machine = DestinationMachine(job.migration, time.monotonic(), owed_pages)
         super().__init__(job, machine, journal, register, control)
         self._destination = machine
         self._paths = paths
@@ -111,13 +116,12 @@ class DestinationDriver(Driver[DestinationState]):
         self._heard_bytes = 0
         self._beat_s = 0.0
         self._closing = False
-        self._owed_file = OwedFile(journal.folder)
         self._uffd: Userfaultfd | None = None
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
         self._fault_channel: FrameChannel | None = None
         self._state_may_load = asyncio.Event()
-        self._owed: list[Runs] = []
+        self._paging: PagingReport | None = None
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -147,8 +151,8 @@ class DestinationDriver(Driver[DestinationState]):
         """Make the VM and open the port (steps 2 to 4); a successor only looks what is there."""
         if self._predecessor_state is not None:
             await self._attach_vm()
-            owing = await self._take_over_paging()
-            return ev.Recovered(state_may_be_sent=True, owing=owing)
+            await self._insist_on_paging()
+            return ev.Recovered(state_may_be_sent=True)
         launched = await launch(self.job.spec, self._paths, vm_user=self._vm_user, incoming=True)
         await launched.monitor.close()  # that socket is the daemon's
         self._watch_process(launched.process)
@@ -179,6 +183,7 @@ class DestinationDriver(Driver[DestinationState]):
             runs_at=machine.runs_at,
             error_code=machine.error_code,
             error=machine.error,
+            report=None if self._paging is None else MigrationReport(paging=self._paging),
         )
 
     def stop_work(self) -> None:
@@ -476,33 +481,44 @@ class DestinationDriver(Driver[DestinationState]):
         self._pager_thread.start()
 
     def _serve_faults(self, pager: Pager) -> None:
+        put_this_thread_first()
         try:
             pager.serve_faults()
         except TranshumeError as error:
             self._log(f"faults are not served any more: {error.message}")
 
-    async def _take_over_paging(self) -> bool:
-        """A successor: whether pages are missing; if so, they are paged in from here on."""
-        owed = self._owed_file.read()
+    async def _insist_on_paging(self) -> None:
+        """A successor: nobody else will serve the faults of a VM that lacks pages."""
+        while self._owed and self._process is not None:
+            try:
+                await self._take_over_paging(self._process.pid)
+            except (TranshumeError, OSError) as error:
+                self._log(f"the pages owed cannot be paged in yet: {error}")
+                await asyncio.sleep(TAKE_OVER_RETRY_S)
+                if find_running(self._paths) is None:
+                    return
+                continue
+            return
+
+    async def _take_over_paging(self, pid: int) -> None:
         listening = self._owed_file.read_listening()
-        if owed is None or listening is None or self._process is None:
-            return False
-        pid = self._process.pid
-        self._ram = GuestRam.of_process(pid)
-        self._uffd = find_existing(pid)
+        if listening is None:
+            raise VmmError("where the predecessor listened is not known")
+        if self._ram is None:
+            self._ram = GuestRam.of_process(pid)
+        if self._uffd is None:
+            self._uffd = find_existing(pid)
         if self._uffd is None:
             raise VmmError(f"QEMU of VM {self.migration.vm} has lost its userfaultfd")
-        self._owed = owed
         pager = self._make_pager()
-        await asyncio.to_thread(pager.recover, owed)
-        if pager.missing.left_pages == 0:
-            pager.disarm()
-            self._pager = pager
-        else:
-            self._start_pager(pager)
+        await asyncio.to_thread(pager.recover, self._owed)
         port, self._key = listening
         self._open_port(port)
-        return pager.missing.left_pages > 0
+        if pager.missing.left_pages == 0:
+            self._pager = pager
+            self._loop.call_soon(lambda: self.post(ev.AllPaged()))
+        else:
+            self._start_pager(pager)
 
     async def _tell_peer_paged(self, _: ev.TellPeerPaged) -> None:
         pager = self._pager
@@ -511,7 +527,9 @@ class DestinationDriver(Driver[DestinationState]):
         if self._pager_thread is not None:
             await asyncio.to_thread(self._pager_thread.join)
         await asyncio.to_thread(pager.disarm)
-        await asyncio.to_thread(self._send_if_open, wire.Paged(paging=pager.report()))
+        self._paging = pager.report().model_copy(update={"complete": True})
+        self.publish()
+        await asyncio.to_thread(self._send_if_open, wire.Paged(paging=self._paging))
 
     async def _begin_native(self, channel: FrameChannel) -> None:
         try:

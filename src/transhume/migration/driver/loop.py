@@ -23,6 +23,7 @@ from transhume.model.migration import Outcome
 from transhume.model.orders import CancelReply, MigrationUpdate
 from transhume.model.vm import Ownership
 
+PAGES_LOST = "pages-lost"
 TICK_S = 0.1
 PUBLISH_S = 0.2
 CANCEL_POLL_S = 0.01
@@ -247,7 +248,13 @@ class Driver(ABC, Generic[StateT]):
             return ev.MigrationKnown(going_on=False)
         except TranshumeError:
             return None
-        return ev.MigrationKnown(going_on=record.outcome is Outcome.RUNNING)
+        paging = record.report.paging
+        return ev.MigrationKnown(
+            going_on=record.outcome is Outcome.RUNNING,
+            paged=paging is not None and paging.complete,
+            pages_lost=record.error_code == PAGES_LOST,
+            failed=record.outcome is Outcome.FAILED,
+        )
 
     # --- the register ----------------------------------------------------------------------------
 

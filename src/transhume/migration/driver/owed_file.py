@@ -38,6 +38,10 @@ class OwedFile:
         except (FileNotFoundError, zipfile.BadZipFile):
             return None
 
+    def remove(self) -> None:
+        """Nothing is owed any more."""
+        self._owed.unlink(missing_ok=True)
+
     def write_listening(self, port: int, key: bytes) -> None:
         """Note where the source finds this end, so that a successor can be found at the same place."""
         fd = os.open(self._listening, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

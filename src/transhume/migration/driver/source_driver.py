@@ -23,6 +23,7 @@ from transhume.migration import events as ev
 from transhume.migration import wire
 from transhume.migration.driver.attach import TrackedRam
 from transhume.migration.driver.control import ControlServer
+from transhume.migration.driver.dirty_probe import DirtyProbe
 from transhume.migration.driver.handshake import Identity, connect
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
@@ -38,7 +39,7 @@ from transhume.migration.transfer.fault_server import serve_faults
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.sender import PageSender, SentPages
 from transhume.model.errors import HostLost, PeerProtocolError, StoreError, TimedOut, TranshumeError, VmmError
-from transhume.model.migration import Engine, MigrationOptions, Outcome, Phase, Rest
+from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate
 from transhume.model.vm import PAGE_BYTES, Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
@@ -46,7 +47,7 @@ from transhume.vmm.log import last_words
 from transhume.vmm.migrate_command import end_abandoned
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.native import NativeOptions, NativeOutgoing
-from transhume.vmm.niceness import LEAST_URGENT, set_niceness
+from transhume.vmm.niceness import LEAST_URGENT, put_this_thread_first, set_niceness
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import QemuProcess, find_running
 
@@ -64,7 +65,7 @@ STALLED_PAUSE_S = 0.05
 PUSH_PAGES = 128
 """The background push goes in steps of 512 KiB: after each it looks whether a fault has pointed elsewhere."""
 
-LEAST_QUEUE_BYTES = 64 << 10
+LEAST_QUEUE_BYTES = 128 << 10
 FIT_QUEUE_S = 0.2
 """While pages are pushed the socket's queue is kept short, fitted so often: faults share the path."""
 
@@ -98,7 +99,9 @@ class SourceDriver(Driver[SourceState]):
     ) -> None:
         self._predecessor_state = journal.last_state()
         ram_bytes = sum(block.size_bytes for block in job.ram_blocks)
-        machine = SourceMachine(job.migration, ram_bytes, time.monotonic())
+        self._owed_file = OwedFile(journal.folder)
+        owing = self._owed_file.read() is not None
+        machine = SourceMachine(job.migration, ram_bytes, time.monotonic(), owing)
         super().__init__(job, machine, journal, register, control)
         self._source = machine
         self._paths = paths
@@ -124,11 +127,12 @@ class SourceDriver(Driver[SourceState]):
         self._load_ms = 0.0
         self._commit_ms = 0.0
         self._beat_s = 0.0
-        self._owed_file = OwedFile(journal.folder)
         self._ram: GuestRam | None = None
         self._fault_channel: FrameChannel | None = None
         self._fault_server: threading.Thread | None = None
         self._push_order: PushOrder | None = None
+        self._probe: DirtyProbe | None = None
+        self._latest: list[Runs] = []
         self._streamed: tuple[bytes, int, str] | None = None
         self._missing: list[Runs] = []
         self._paged_wire_bytes = 0
@@ -166,13 +170,12 @@ class SourceDriver(Driver[SourceState]):
         before = self._predecessor_state
         if before is None:
             return ev.Started()
-        owing = self._owed_file.read() is not None
         if before in PAGING_STATES:
-            return ev.Recovered(state_may_be_sent=True, owing=True, paging=True)
+            return ev.Recovered(state_may_be_sent=True, paging=True)
         if before in COMMITTED_STATES:
             # The register has the last word, and it cannot have changed since.
-            return ev.Recovered(state_may_be_sent=True, owing=owing)
-        return ev.Recovered(state_may_be_sent=before in MAY_COMMIT_STATES, owing=owing)
+            return ev.Recovered(state_may_be_sent=True)
+        return ev.Recovered(state_may_be_sent=before in MAY_COMMIT_STATES)
 
     def update(self) -> MigrationUpdate:
         now_s = time.monotonic()
@@ -314,6 +317,7 @@ class SourceDriver(Driver[SourceState]):
         self._fault_server.start()
 
     def _serve_faults(self, channel: FrameChannel, ram: GuestRam) -> None:
+        put_this_thread_first()
         try:
             serve_faults(channel, ram, self._fault_answered, self._faults_answered)
         except (HostLost, PeerProtocolError) as error:
@@ -361,7 +365,8 @@ class SourceDriver(Driver[SourceState]):
         prepared = self.job.prepared
         assert prepared is not None
         if self._ram is None:
-            assert self._process is not None
+            if self._process is None:
+                raise VmmError(f"QEMU of VM {self.migration.vm} does not run, and nobody else has its memory")
             self._ram = GuestRam.of_process(self._process.pid)
         blocks = self._ram.ram_blocks
         identity = Identity(
@@ -392,6 +397,10 @@ class SourceDriver(Driver[SourceState]):
         if decision is not None and decision.stalled:
             await asyncio.sleep(STALLED_PAUSE_S)
         runs = tracked.ram.populated_runs() if command.index == 0 else self._left
+        self._interrupt.clear()
+        self._probe = None
+        if command.index == 0 and self._options.mode is Mode.AUTO and self._options.may_page:
+            self._probe = DirtyProbe(tracked.tracker, time.monotonic())
         self._progress.pass_started(command.index, _count(runs))
         began_s = time.monotonic()
         sent, unsent = await self._in_data_thread(self._send_runs, runs, True)
@@ -400,7 +409,13 @@ class SourceDriver(Driver[SourceState]):
         await acknowledged
         duration_s = time.monotonic() - began_s
         dirty = await self._in_data_thread(tracked.tracker.collect)
+        written_bytes_s = None
+        if self._probe is not None:
+            found = self._probe.found or [page_runs.empty() for _ in dirty]
+            dirty = [page_runs.union(*pair) for pair in zip(dirty, found, strict=True)]
+            written_bytes_s = self._probe.written_bytes_s
         self._left = [page_runs.union(*pair) for pair in zip(dirty, unsent, strict=True)]
+        self._latest = dirty
         result = ev.PassResult(
             index=command.index,
             pages=sent.pages,
@@ -409,6 +424,7 @@ class SourceDriver(Driver[SourceState]):
             duration_s=duration_s,
             dirty_pages_after=_count(dirty),
             unsent_pages=_count(self._left) - _count(dirty),
+            written_bytes_s=written_bytes_s,
         )
         return ev.PassEnded(result)
 
@@ -430,6 +446,8 @@ class SourceDriver(Driver[SourceState]):
                 if paced and self._interrupt.is_set():
                     unsent[index] = _join(slices[number:])
                     break
+                if self._probe is not None and self._probe.take(time.monotonic(), sent.wire_bytes):
+                    self._interrupt.set()
                 newest = self._with_newest(index, piece) if paced else piece
                 sent += sender.send(index, newest, self._pace if paced else None)
                 if self._stop.is_set():
@@ -523,9 +541,8 @@ class SourceDriver(Driver[SourceState]):
         count = _count(owed)
         if count:
             self._owed_file.write(owed)
-            self._push_order = PushOrder(
-                [each.page_count for each in self._tracked.ram.blocks], [dirty, rest]
-            )
+            block_pages = self._channel.decoder.block_pages
+            self._push_order = PushOrder(block_pages, [dirty, self._latest, rest])
             self._send_owed(owed)
         self._channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
         return count
@@ -668,6 +685,8 @@ class SourceDriver(Driver[SourceState]):
         self._reader.start()
         message = await told
         assert isinstance(message, wire.MissingEnd)
+        if message.pages == 0:
+            self._owed_file.remove()
         await self._open_fault_connection()
         self._push_order = PushOrder(channel.decoder.block_pages, [self._missing])
         self._resumed_there.set()
@@ -756,6 +775,7 @@ class SourceDriver(Driver[SourceState]):
             self._resumed_there.set()
             self.post(ev.PeerRunning(self._load_ms / 1000, self._commit_ms / 1000, message.resume_ms / 1000))
         elif isinstance(message, wire.Paged):
+            self._owed_file.remove()  # a successor must not take for owed what has come
             self.post(ev.PeerPaged(message.paging))
         elif isinstance(message, wire.Failed):
             if message.definitive:

@@ -48,12 +48,13 @@ class MissingPages:
         return self._left
 
     def owe(self, block_index: int, runs: Runs) -> None:
-        """The source names pages that will come later. Only before anything was placed."""
+        """The source names pages that will come later. Pages that were named before stay as they are."""
         with self._turn:
             block = self._blocks[block_index]
             pages = page_runs.pages_of(runs)
-            self._left += int(np.count_nonzero(block[pages] == Condition.FREE))
-            block[pages] = Condition.MISSING
+            fresh = pages[block[pages] == Condition.FREE]
+            block[fresh] = Condition.MISSING
+            self._left += len(fresh)
 
     def condition(self, block_index: int, page: int) -> Condition:
         """Where the page stands at this moment."""

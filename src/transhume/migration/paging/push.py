@@ -24,9 +24,9 @@ LEAD_PAGES = 16
 AROUND_PAGES = 2048
 """How far the push follows one fault (8 MiB) before it returns to its usual order."""
 
-CALM_S = 0.002
+CALM_S = 0.003
 HOLD_STEP_S = 0.001
-MOST_HOLD_S = 0.2
+MOST_HOLD_S = 0.5
 """The push stands back for faults that follow each other within `CALM_S`, in steps, this long in all."""
 
 
@@ -74,7 +74,8 @@ class PushOrder:
 
     def fault(self, block_index: int, page: int) -> None:
         """A vCPU waits for this page: go on around it."""
-        self._pivot = (block_index, page)
+        with self._turn:
+            self._pivot = (block_index, page)
 
     def sent(self, block_index: int, runs: Runs) -> int:
         """These pages have been sent. Returns how many of them had not been sent before."""
@@ -100,7 +101,7 @@ class PushOrder:
             if block[page]:
                 block[page] = False
                 self._left -= 1
-        self._pivot = (block_index, page + 1)
+            self._pivot = (block_index, page + 1)
 
     def next(self, max_pages: int) -> tuple[int, Runs] | None:
         """The next pages to send, all of one block; None when nothing is left. They count as sent."""
@@ -129,8 +130,7 @@ class PushOrder:
         pages = np.flatnonzero(self._unsent[index][first : page + AROUND_PAGES])[: self._max_pages] + first
         if len(pages):
             return index, pages
-        if self._pivot == pivot:
-            self._pivot = None
+        self._pivot = None
         return None
 
     def _in_order(self) -> tuple[int, NDArray[np.int64]] | None:
