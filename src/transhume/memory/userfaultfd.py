@@ -166,7 +166,7 @@ class Userfaultfd:
                     done += placed
                     new += placed
                 else:
-                    raise self._failure("fill", address, length_bytes, error) from None
+                    raise self._cannot_fill(address + done, length_bytes - done, error) from None
         return new
 
     def zero_fill(self, address: int, length_bytes: int) -> int:
@@ -187,7 +187,7 @@ class Userfaultfd:
                     done += placed
                     new += placed
                 else:
-                    raise self._failure("fill", address, length_bytes, error) from None
+                    raise self._cannot_fill(address + done, length_bytes - done, error) from None
         return new
 
     def wake(self, address: int, length_bytes: int) -> None:
@@ -205,6 +205,15 @@ class Userfaultfd:
 
     def _ioctl(self, request: int, argument: bytes) -> None:
         fcntl.ioctl(self.fd, request, bytearray(argument))
+
+    def _cannot_fill(self, address: int, length_bytes: int, error: OSError) -> KernelError | VmmError:
+        # Unlike the calls that watch, these name an address space that is gone with ESRCH alone.
+        if error.errno == errno.ENOMEM:
+            return KernelError(
+                f"This host has no memory left for {length_bytes >> 10} KiB of {self._owner} at "
+                f"{address:#x}. Free memory."
+            )
+        return self._failure("fill", address, length_bytes, error)
 
     def _failure(self, verb: str, address: int, length_bytes: int, error: OSError) -> KernelError | VmmError:
         if error.errno == errno.ESRCH:
