@@ -85,6 +85,7 @@ class Pushing(RuleBasedStateMachine):
         found = self.order.next(max_pages)
         if found is None:
             assert self.queue == []
+            self.pivot = None
             return
         came = keys(*found)
         assert 0 < len(came) <= max_pages
