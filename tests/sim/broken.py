@@ -10,7 +10,7 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import Command, Event, Rule
 from transhume.migration.source import SourceMachine, SourceState
-from transhume.model.migration import Outcome
+from transhume.model.migration import Migration, Outcome
 from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.farm import Parts
 from transhume.sim.source_mover import SimSourceMover
@@ -267,8 +267,18 @@ class PushesNothing(FreeSource):
 
 
 class SuccessorForgetsThatItOwes(FreeSource):
-    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
-        return super()._recovered(ev.Recovered(event.state_may_be_sent), now_s)
+    def __init__(self, migration: Migration, ram_bytes: int, now_s: float, owing: bool = False) -> None:
+        super().__init__(migration, ram_bytes, now_s)
+
+
+class TakesAnEndedRecordForAnEnd(FreeSource):
+    def _migration_known(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        return super()._migration_known(event, now_s) if event.going_on else self._all_paged(now_s)
+
+
+class WaitsForLostPages(FreeSource):
+    def _lose_pages(self) -> Sequence[Command]:
+        return self._look_again(ev.LinkLost("", ""), self._heard_s)
 
 
 class RunsWithPagesMissing(FreeDestination):
@@ -284,8 +294,18 @@ class SaysPagedTooEarly(FreeDestination):
 
 
 class SuccessorForgetsThatItLacksPages(FreeDestination):
-    def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
-        return super()._recovered(ev.Recovered(event.state_may_be_sent), now_s)
+    def __init__(self, migration: Migration, now_s: float, owed_pages: int = 0) -> None:
+        super().__init__(migration, now_s)
+
+
+class WaitsForPagesThatAreLost(FreeDestination):
+    def _known_while_paging(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        return ()
+
+
+class DoesNotCountAsAloneBeforePaging(FreeDestination):
+    def _note_source_lost(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
+        return super()._note_source_lost(event, now_s) if self.state is D.PAGING else ()
 
 
 class FinishesWhenTheSourceIsLost(FreeDestination):
@@ -345,6 +365,8 @@ BROKEN: dict[str, Parts] = {
         NeverAsksWhetherAllIsOver,
         PushesNothing,
         SuccessorForgetsThatItOwes,
+        TakesAnEndedRecordForAnEnd,
+        WaitsForLostPages,
     )
 }
 BROKEN |= {
@@ -367,6 +389,8 @@ BROKEN |= {
         RunsWithPagesMissing,
         SaysPagedTooEarly,
         SuccessorForgetsThatItLacksPages,
+        WaitsForPagesThatAreLost,
+        DoesNotCountAsAloneBeforePaging,
         FinishesWhenTheSourceIsLost,
         NeverGivesUp,
         DoesNotNoticeThatAllIsHere,

@@ -337,6 +337,16 @@ def test_the_source_may_free_its_ram_when_the_destination_died_or_gave_up() -> N
     gave_up.invariants.at_the_end(cleaning_failed=False)
 
 
+def test_the_source_may_be_freed_when_nobody_holds_its_ram_any_more() -> None:
+    farm = Farm()
+    lacking(farm)
+    farm.source.kill()
+    farm.invariants.source_has_ram = lambda: False
+    farm.source.change(VmStatus.GONE)
+    with pytest.raises(Violation, match="for ever, and nobody says so"):
+        farm.invariants.at_the_end(cleaning_failed=False)
+
+
 def test_pages_may_not_be_missing_for_ever_without_a_word() -> None:
     farm = Farm()
     lacking(farm)

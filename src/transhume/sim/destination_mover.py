@@ -8,7 +8,6 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import Command, Event
 from transhume.model.migration import Engine, Rest
-from transhume.sim import open_cases
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Violation
 from transhume.sim.link import Message, Word
@@ -16,6 +15,7 @@ from transhume.sim.mover import HEARD, TICK, MoverWorld, SimMover
 from transhume.sim.plan import Side
 from transhume.sim.vm import VmStatus
 
+TAKE_OVER_RETRY_S = 1.0
 GIVE_UP_SLACK_S = 5.0
 """How much longer than asked for a destination may wait for a lost source."""
 
@@ -35,16 +35,17 @@ class SimDestinationMover(SimMover):
         host: SimHost,
         machine: DestinationMachine,
         prepared: Callable[[], None],
-        migration_goes_on: Callable[[], bool],
+        record: Callable[[], ev.MigrationKnown],
     ) -> None:
         super().__init__(world, host, machine)
         self._prepared = prepared
-        self._migration_goes_on = migration_goes_on
+        self._record = record
         self._owed: set[int] = set()
         self._pages: set[int] | None = None
         self._alone_since_s: float | None = None
         self._heard_s = 0.0
         self._paging_since_s = 0.0
+        self._paged_is_due = False
 
     @property
     def accepts(self) -> bool:
@@ -55,11 +56,23 @@ class SimDestinationMover(SimMover):
 
     def begin(self, predecessor_state: str | None) -> None:
         if predecessor_state is not None:
-            if not self.fails_to_begin(predecessor_state):
-                self.tell(ev.Recovered(state_may_be_sent=True, owing=self._take_over_paging()))
-            return
-        if not self.fails_to_begin(predecessor_state):
+            self._recover(predecessor_state)
+        elif not self.fails_to_begin(predecessor_state):
             self.qemu(self._made)
+
+    def _recover(self, predecessor_state: str) -> None:
+        """Nobody else serves the faults of a VM that lacks pages: it is tried until that is taken over."""
+        if self.host.owed is None or not self.vm.lives:
+            if not self.fails_to_begin(predecessor_state):
+                self.tell(ev.Recovered(state_may_be_sent=True))
+            return
+        if self.strikes(self.world.plan.begin_failure_share):
+            self.after(TAKE_OVER_RETRY_S, self._recover, predecessor_state)
+            return
+        self._take_over_paging(self.host.owed)
+        self.tell(ev.Recovered(state_may_be_sent=True))
+        if not self._pages:
+            self.after(0.0, self.tell, ev.AllPaged())
 
     def _made(self) -> None:
         if self.vm.status is VmStatus.ABSENT:
@@ -82,6 +95,7 @@ class SimDestinationMover(SimMover):
         elif isinstance(command, ev.TellPeerRunning):
             self.send(Word.RUNNING)
         elif isinstance(command, ev.TellPeerPaged):
+            self._paged_is_due = True
             self.after(0.01, self._paged)
         elif isinstance(command, ev.TellPeerFailed):
             self.send(Word.FAILED, text=command.message)
@@ -105,9 +119,11 @@ class SimDestinationMover(SimMover):
             super().tell(ev.LinkLost("timed-out", "the source says nothing"))
             self.lost()
         give_up_s, since_s = options.give_up_after_s, self._alone_since_s
-        if give_up_s is None or since_s is None or self.machine.state is not DestinationState.PAGING:
+        if since_s is None or self.machine.state is not DestinationState.PAGING:
             return
-        if now_s - max(since_s, self._paging_since_s) > give_up_s + GIVE_UP_SLACK_S:
+        if "lacks pages" not in self.machine.runs_at:
+            raise Violation(f"alone since {since_s:.1f} s, and does not say so: {self.machine.runs_at}")
+        if give_up_s is not None and now_s - max(since_s, self._paging_since_s) > give_up_s + GIVE_UP_SLACK_S:
             raise Violation(f"alone since {since_s:.1f} s, and gives up after {give_up_s:g} s")
 
     def hear(self, message: Message) -> None:
@@ -134,7 +150,7 @@ class SimDestinationMover(SimMover):
 
     def _ask(self) -> None:
         if self.world.register.reachable:
-            self.tell(ev.MigrationKnown(self._migration_goes_on()))
+            self.tell(self._record())
 
     def _welcome(self) -> None:
         self._alone_since_s = None
@@ -184,19 +200,13 @@ class SimDestinationMover(SimMover):
         self.vm.guard(True)
         self.after(0.01, self._fault)
 
-    def _take_over_paging(self) -> bool:
+    def _take_over_paging(self, owed: frozenset[int]) -> None:
         """A successor: what is in memory was placed; the rest of what was noted is missing."""
-        if self.host.owed is None or not self.vm.lives:
-            return False
-        self._pages = self.still_missing(self.host.owed)
-        if open_cases.ALONE_BEFORE_PAGING_COUNTS:
-            self._alone_since_s = self.world.schedule.now_s
+        self._pages = self.still_missing(owed)
+        self._alone_since_s = self.world.schedule.now_s
+        self.vm.guard(True)
         if self._pages:
-            self.vm.guard(True)
             self.after(0.01, self._fault)
-        else:
-            self.vm.guard(False)
-        return bool(self._pages)
 
     def still_missing(self, owed: frozenset[int]) -> set[int]:
         """What a successor takes for missing."""
@@ -243,12 +253,17 @@ class SimDestinationMover(SimMover):
         return tuple(page for page in pages if page in self._pages)
 
     def _paged(self) -> None:
-        self.vm.guard(False)
-        self.send(Word.PAGED)
+        if self._paged_is_due:
+            self._paged_is_due = False
+            self.vm.guard(False)
+            self.host.paged |= not self.machine.finished  # after the last word nothing is published
+            self.send(Word.PAGED)
+
+    def farewell(self) -> None:
+        self._paged()
 
     def lost(self) -> None:
-        paging = self.machine.state is DestinationState.PAGING
-        if self._alone_since_s is None and (paging or open_cases.ALONE_BEFORE_PAGING_COUNTS):
+        if self._alone_since_s is None:
             self._alone_since_s = self.world.schedule.now_s
 
     def _native_loaded(self, content: int | None) -> None:

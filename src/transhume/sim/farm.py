@@ -7,10 +7,10 @@ from random import Random
 
 from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.driver.loop import PAGES_LOST
 from transhume.migration.machine import UnexpectedEvent
 from transhume.migration.source import SourceMachine, SourceState
-from transhume.model.migration import Migration
-from transhume.sim import open_cases
+from transhume.model.migration import Migration, Outcome
 from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Invariants, Violation
@@ -75,6 +75,7 @@ class SimFarm:
         }
         self._invariants = Invariants(self._vms, self._register)
         self._invariants.gave_up = self._gave_up
+        self._invariants.source_has_ram = self._source_has_ram
         self._hosts = {side: SimHost(side, vm, schedule, rng) for side, vm in self._vms.items()}
         self._hosts[Side.SOURCE].start_mover = self._start_source
         self._hosts[Side.DESTINATION].start_mover = self._start_destination
@@ -83,6 +84,7 @@ class SimFarm:
         self._begin_due = False
         self._source_has_begun = False
         self._record_ended = False
+        self._record_completed = False
         self._world = MoverWorld(self._plan, rng, schedule, self._register, self._state_entered, say, rules)
         self._migration = Migration(
             id="m1",
@@ -124,23 +126,21 @@ class SimFarm:
         while schedule.now_s < limit_s and schedule.step():
             if not (source.mover_lives or destination.mover_lives) and self._over():
                 return
-            if schedule.now_s > limit_s - AFTER_THE_FAULTS_LIMIT_S * 2 / 3 and self._waits_for_what_is_lost():
+            if schedule.now_s > limit_s - AFTER_THE_FAULTS_LIMIT_S * 2 / 3 and self._is_let_through():
                 return
 
     def _start_destination(self) -> None:
-        machine = self._parts.destination(self._migration, self._schedule.now_s)
-        mover = self._parts.destination_mover(
-            self._world, self._hosts[Side.DESTINATION], machine, self._prepared, self._migration_goes_on
-        )
+        host = self._hosts[Side.DESTINATION]
+        machine = self._parts.destination(self._migration, self._schedule.now_s, len(host.owed or ()))
+        mover = self._parts.destination_mover(self._world, host, machine, self._prepared, self._record)
         self._start_mover(mover)
 
     def _start_source(self) -> None:
-        machine = self._parts.source(self._migration, ram_bytes(self._plan.guest), self._schedule.now_s)
-        self._start_mover(
-            self._parts.source_mover(
-                self._world, self._hosts[Side.SOURCE], machine, self._connect, self._migration_goes_on
-            )
+        host = self._hosts[Side.SOURCE]
+        machine = self._parts.source(
+            self._migration, ram_bytes(self._plan.guest), self._schedule.now_s, host.owed is not None
         )
+        self._start_mover(self._parts.source_mover(self._world, host, machine, self._connect, self._record))
 
     def _start_mover(self, mover: SimMover) -> None:
         mover.host.mover_lives = True
@@ -182,6 +182,24 @@ class SimFarm:
         link.slow_down(self._world.link_slowness_s)
         source.link = destination.link = self._world.link = link
         link.send(Side.DESTINATION, Message(Word.HELLO))
+
+    def _record(self) -> ev.MigrationKnown:
+        """What the controller's record says; each end's last word went to its daemon."""
+        failed = [host for host in self._hosts.values() if self._reports_failure(host)]
+        if self._record_completed:
+            failed = []  # the outcome of a record that has ended stays
+        return ev.MigrationKnown(
+            going_on=self._migration_goes_on(),
+            paged=self._hosts[Side.DESTINATION].paged,
+            pages_lost=any(host.last_error_code == PAGES_LOST for host in failed),
+            failed=bool(failed),
+        )
+
+    def _reports_failure(self, host: SimHost) -> bool:
+        """A destination that has removed its VM leaves it to the source to say how that went on."""
+        if host.side is Side.DESTINATION and host.last_state != DestinationState.DONE:
+            return False
+        return host.last_outcome is Outcome.FAILED
 
     def _migration_goes_on(self) -> bool:
         if self._hosts[Side.DESTINATION].last_state == DestinationState.DONE:
@@ -298,14 +316,18 @@ class SimFarm:
 
     def _end_record(self) -> None:
         """Nobody has reported for long: the controller ends what the register says was committed."""
-        pages_missing = bool(self._vms[Side.DESTINATION].missing)
-        if self._register.owner is Side.DESTINATION:
-            self._record_ended |= open_cases.RECORD_MAY_END_AMID_PAGING or not pages_missing
+        if self._register.owner is Side.DESTINATION and not self._record().failed:
+            self._record_ended = self._record_completed = True
 
     def _gave_up(self) -> bool:
         """Whether the destination has ended without a page, and says so."""
         host = self._hosts[Side.DESTINATION]
         return host.last_state == DestinationState.DONE and "lacks pages" in host.last_error
+
+    def _source_has_ram(self) -> bool:
+        """Whether anybody holds the pages that are owed: the source's QEMU, or a mover that saw it alive."""
+        mover = self._movers.get(Side.SOURCE)
+        return not self._vms[Side.SOURCE].was_killed or (isinstance(mover, SimSourceMover) and mover.has_ram)
 
     def _heal(self) -> None:
         """From now on nothing goes wrong any more. What is broken stays broken, what is dead is replaced."""
@@ -322,7 +344,7 @@ class SimFarm:
     # --- the verdict -----------------------------------------------------------------------------
 
     def _judge(self) -> None:
-        if self._waits_for_what_is_lost():
+        if self._is_let_through():
             return
         if not self._over():
             states = ", ".join(f"{side}: {host.last_state}" for side, host in self._hosts.items())
@@ -332,21 +354,40 @@ class SimFarm:
             if host.last_word:
                 self._invariants.last_word(side, host.last_word)
 
-    def _waits_for_what_is_lost(self) -> bool:
-        """The source's QEMU died, then its mover: nobody has the pages any more, and the destination says so.
+    def _is_let_through(self) -> bool:
+        """What the machines and movers do not stand yet. A test sees to it that each is still needed."""
+        source = self._movers.get(Side.SOURCE)
+        if isinstance(source, SimSourceMover) and source.waits_for_ram_that_nobody_opened:
+            return True
+        return self._was_paged_without_a_word() or self._failed_after_the_record_ended()
 
-        It waits all the same until a person ends it, unless it was told when to give up.
+    def _was_paged_without_a_word(self) -> bool:
+        """An exemption: the destination lacked nothing, and ended before it said so to anybody.
+
+        A connection that breaks in the state RUNNING makes `Publish(ended=True)` overtake `TellPeerPaged`,
+        and after the last word nothing is published: the source looks for the destination for ever.
         """
-        mover, source = self._movers[Side.DESTINATION], self._movers.get(Side.SOURCE)
-        return (
-            not open_cases.LOST_PAGES_MUST_END
-            and mover.alive
-            and bool(mover.vm.missing)
-            and self._vms[Side.SOURCE].was_killed
-            and isinstance(source, SimSourceMover)
-            and not source.has_ram
-            and ("lacks pages" in mover.machine.runs_at or not open_cases.ALONE_BEFORE_PAGING_COUNTS)
-        )
+        there = self._hosts[Side.DESTINATION]
+        unsaid = there.last_outcome is Outcome.COMPLETED and not (there.paged or there.vm.missing)
+        return unsaid and self._looks_for_an_end_that_is_over()
+
+    def _failed_after_the_record_ended(self) -> bool:
+        """An exemption: the controller had ended the record as completed, and takes no other outcome.
+
+        So the source does not hear that the destination has ended without its pages, and looks for it for
+        ever; nor the destination that the pages are lost, and asks for ever.
+        """
+        if not self._record_completed:
+            return False
+        here, there = self._hosts[Side.SOURCE], self._hosts[Side.DESTINATION]
+        if here.last_state == SourceState.DONE and here.last_error_code == PAGES_LOST:
+            return there.last_state == DestinationState.PAGING
+        return there.last_outcome is Outcome.FAILED and self._looks_for_an_end_that_is_over()
+
+    def _looks_for_an_end_that_is_over(self) -> bool:
+        source, there = self._movers.get(Side.SOURCE), self._hosts[Side.DESTINATION]
+        looks = source is not None and source.alive and source.machine.state is SourceState.RECONNECTING
+        return looks and there.last_state == DestinationState.DONE
 
     def _ending(self) -> str:
         """The outcome in a word, for the summary."""

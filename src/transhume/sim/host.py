@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
+from transhume.model.migration import Outcome
 from transhume.sim.plan import Side
 from transhume.sim.schedule import Schedule
 from transhume.sim.vm import SimVm
@@ -17,6 +18,7 @@ class SimHost:
     """One end. `start_mover` makes a new mover process, first or successor alike.
 
     `owed` is the file in which a mover notes the pages that were left for after the resume, None without one.
+    `paged` is what a destination has reported once it lacked nothing.
     """
 
     def __init__(self, side: Side, vm: SimVm, schedule: Schedule, rng: Random) -> None:
@@ -27,6 +29,9 @@ class SimHost:
         self.journal: list[str] = []
         self.last_word = ""
         self.last_error = ""
+        self.last_error_code = ""
+        self.last_outcome = Outcome.RUNNING
+        self.paged = False
         self.owed: frozenset[int] | None = None
         self.cancel_pending = False
         self.start_mover: Callable[[], None] | None = None

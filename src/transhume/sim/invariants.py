@@ -32,6 +32,7 @@ class Invariants:
             vm.on_change = self._vm_changed
             vm.on_memory = self._memory_changed
         self.gave_up: Callable[[], bool] = lambda: False
+        self.source_has_ram: Callable[[], bool] = lambda: True
         register.on_change = self._owner_changed
 
     def _vm_changed(self, vm: SimVm, before: VmStatus) -> None:
@@ -50,7 +51,7 @@ class Invariants:
             self._demand_nothing_lacks(self._vms[owner])
 
     def _demand_nothing_lacks(self, taken: SimVm) -> None:
-        if taken.lives and taken.missing and not self.gave_up():
+        if taken.lives and taken.missing and self.source_has_ram() and not self.gave_up():
             raise Violation(f"the source freed its RAM, of which the {taken.side} lacks {len(taken.missing)}")
 
     def _memory_changed(self, vm: SimVm, page: int | None) -> None:
@@ -84,7 +85,7 @@ class Invariants:
         if owner.status is not VmStatus.RUNNING and not owner.was_killed:
             raise Violation(f"the VM is lost: {owner.status} at the {owner.side}, to which it belongs")
         lost_pages = owner.status is VmStatus.RUNNING and owner.missing
-        if lost_pages and not (loser.was_killed or self.gave_up()):
+        if lost_pages and not self.gave_up():
             raise Violation(f"the VM lacks pages {sorted(owner.missing)} for ever, and nobody says so")
         if loser.status not in (VmStatus.ABSENT, VmStatus.GONE) and not cleaning_failed:
             raise Violation(f"the VM is left over at the {loser.side}: {loser.status}")

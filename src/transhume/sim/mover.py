@@ -12,7 +12,6 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine
 from transhume.migration.machine import Command, Event
 from transhume.migration.source import SourceMachine
-from transhume.sim import open_cases
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, SimLink, Word
 from transhume.sim.plan import SUCCESSOR, Plan, Side
@@ -105,6 +104,10 @@ class SimMover(ABC):
     def lost(self) -> None:
         """Called after the machine has heard that the connection is gone."""
 
+    @abstractmethod
+    def farewell(self) -> None:
+        """Do what was begun and is not stopped by the end of the machine: it is waited for."""
+
     # --- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -112,7 +115,7 @@ class SimMover(ABC):
         predecessor_state = self.host.last_state
         self.journal_the_start(predecessor_state)
         self._schedule_tick()
-        if not self.vm.lives and predecessor_state is not None:
+        if not self.vm.lives and predecessor_state is not None and self.side is Side.DESTINATION:
             # A successor that finds no QEMU may learn so before or after it knows what it is.
             self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.QemuDied("it does not run"))
         if self.host.cancel_pending:
@@ -161,7 +164,10 @@ class SimMover(ABC):
         if machine.state is not before:
             self.host.journal.append(machine.state)
             if machine.finished:
-                self.host.last_error = machine.error  # the last word comes before this entry of the journal
+                # The last word comes before this entry of the journal.
+                self.host.last_error = machine.error
+                self.host.last_error_code = machine.error_code
+                self.host.last_outcome = machine.outcome
             kill_after = world.state_entered(self.side, machine.state)
         for index, command in enumerate(commands):
             if index == kill_after:
@@ -170,6 +176,7 @@ class SimMover(ABC):
         if kill_after is not None:
             self.kill()
         elif machine.finished:
+            self.farewell()
             self._leave()
 
     def _do(self, command: Command) -> None:
@@ -225,8 +232,6 @@ class SimMover(ABC):
     def fails_to_begin(self, predecessor_state: str | None) -> bool:
         """Whether the first step fails; then the machine is told. A first mover's failure is little news."""
         share = self.world.plan.begin_failure_share
-        if self.host.owed is not None and not open_cases.BEGIN_MAY_FAIL_WHILE_OWING:
-            return False
         if not self.strikes(share / 20 if predecessor_state is None else share):
             return False
         self.fail(Begin, 0.0)

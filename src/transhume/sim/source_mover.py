@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from transhume.migration import events as ev
-from transhume.migration.machine import Command
+from transhume.migration.machine import Command, Event
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
 from transhume.model.migration import Engine, PagingReport, Rest
 from transhume.model.vm import PAGE_BYTES
@@ -40,10 +40,10 @@ class SimSourceMover(SimMover):
         host: SimHost,
         machine: SourceMachine,
         connect: Callable[[SimSourceMover], None],
-        migration_goes_on: Callable[[], bool],
+        record: Callable[[], ev.MigrationKnown],
     ) -> None:
         super().__init__(world, host, machine)
-        self._migration_goes_on = migration_goes_on
+        self._record = record
         self._connect = connect
         self._pages_left = world.plan.guest.ram_pages
         self._pass_began_s = 0.0
@@ -52,23 +52,45 @@ class SimSourceMover(SimMover):
         self._interrupted_unsent_pages = 0
         self._last_pages_index = 0
         self.has_ram = False
+        self._failed_to_begin = False
+        self._died_unheard = False
         self._owed: list[int] = []
         self._resumed_there = False
         self._reconnects = 0
         self._reconnecting = False
 
     def begin(self, predecessor_state: str | None) -> None:
+        if not self.vm.lives and predecessor_state is not None:
+            self.tell(ev.QemuDied("it does not run"))
         if self.fails_to_begin(predecessor_state):
+            self._failed_to_begin = True
             return
-        # Whoever has opened the RAM keeps it, even when QEMU ends; a successor that finds none has none.
-        self.has_ram = self.vm.lives
         if predecessor_state is None:
+            # Whoever has opened the RAM keeps it, even when QEMU ends. A successor does so to reconnect.
+            self.has_ram = self.vm.lives
             self.tell(ev.Started())
         elif predecessor_state in _PAGING:
-            self.tell(ev.Recovered(state_may_be_sent=True, owing=True, paging=True))
+            self.tell(ev.Recovered(state_may_be_sent=True, paging=True))
         else:
-            sent = predecessor_state in _MAY_BE_SENT
-            self.tell(ev.Recovered(state_may_be_sent=sent, owing=self.host.owed is not None))
+            self.tell(ev.Recovered(state_may_be_sent=predecessor_state in _MAY_BE_SENT))
+
+    @property
+    def waits_for_ram_that_nobody_opened(self) -> bool:
+        """An exemption: a successor's QEMU died before its RAM was opened, and the machine takes no note.
+
+        It takes that for lost pages only when it hears of the death after `Recovered` and before it looks for
+        the destination; otherwise it looks for it for ever, and both ends wait.
+        """
+        waits = self.machine.state is SourceState.RECONNECTING and not self.has_ram and not self.vm.lives
+        return waits and (self._failed_to_begin or self._died_unheard)
+
+    def tell(self, event: Event) -> None:
+        if isinstance(event, ev.QemuDied) and self.machine.state is SourceState.RECONNECTING:
+            self._died_unheard = not self.has_ram
+        super().tell(event)
+
+    def farewell(self) -> None:
+        return
 
     def carry_out(self, command: Command) -> None:
         rng = self.world.rng
@@ -122,6 +144,7 @@ class SimSourceMover(SimMover):
         elif message.word is Word.MISSING:
             self._reconnected(message.pages)
         elif message.word is Word.PAGED:
+            self.host.owed = None  # a successor must not take for owed what has come
             self.tell(ev.PeerPaged(PagingReport()))
         elif message.word is Word.FAILED:
             self.tell(ev.PeerFailed("failed", message.text))
@@ -288,6 +311,8 @@ class SimSourceMover(SimMover):
 
     def _reconnected(self, missing: tuple[int, ...]) -> None:
         self._reconnecting = False
+        if not missing:
+            self.host.owed = None
         self._owed = list(missing)
         self._resumed_there = True
         self.tell(ev.Reconnected(len(missing)))
@@ -297,7 +322,7 @@ class SimSourceMover(SimMover):
 
     def _ask(self) -> None:
         if self.world.register.reachable:
-            self.tell(ev.MigrationKnown(self._migration_goes_on()))
+            self.tell(self._record())
 
     # --- QEMU's own engine -----------------------------------------------------------------------
 
