@@ -3,13 +3,14 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test check bench simulate
+.PHONY: help setup demo test check bench simulate faults
 
 help:
 	@echo "make demo               set up, then move a running VM between two hosts and back, by each engine"
 	@echo "make test [ARGS=...]    set up, then run the tests (ARGS go to pytest)"
 	@echo "make check              set up, then lint, check the formatting and the types"
 	@echo "make bench [ONLY=...]   set up, then measure both engines (ONLY: one group of figures)"
+	@echo "make faults             set up, then try each fault in each phase and order of transfer"
 	@echo "make simulate [ARGS=..] set up, then run the simulated farm from many seeds"
 	@echo "make setup              install what is missing, and .venv/bin/transhume"
 
@@ -32,3 +33,6 @@ bench: setup
 
 simulate: setup
 	$(PYTHON) -m transhume.sim $(ARGS)
+
+faults: setup
+	FAULTS=all $(PYTHON) -m pytest tests/e2e/test_fault_matrix.py $(ARGS)

@@ -18,6 +18,7 @@ from transhume.migration.source import (
     SourceMachine,
     SourceState,
 )
+from transhume.model.errors import PagesLost
 from transhume.model.migration import (
     Engine,
     Migration,
@@ -785,6 +786,13 @@ def test_a_destination_that_has_finished_needs_no_more(talk: Talk) -> None:
 
 
 @conversation(after=(to_reconnecting,))
+def test_memory_that_nobody_holds_ends_it(talk: Talk) -> None:
+    gone = ev.CommandFailed("Reconnect", PagesLost.code, "QEMU has ended, and nobody else has its memory")
+    talk.tell(gone, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    assert talk.machine.error_code == "pages-lost"
+
+
+@conversation(after=(to_reconnecting,))
 def test_a_destination_that_failed_ends_it(talk: Talk) -> None:
     failed_there = ev.MigrationKnown(going_on=False, failed=True)
     talk.tell(failed_there, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
@@ -835,8 +843,26 @@ def test_memory_that_died_with_qemu_and_mover_is_told(talk: Talk) -> None:
 def test_a_person_switches_to_post_copy(talk: Talk) -> None:
     talk.tell(ev.SwitchRequested(), ev.InterruptPass())
     talk.tell(ev.PassEnded(pass_result(0, 1000, 900, unsent_pages=3096)), ev.PauseVm(), then=S.SUSPENDING)
-    talk.tell(ev.VmPaused(), ev.SendLastPages(Rest.BOTH), then=S.LAST_PAGES)
+    talk.tell(ev.VmPaused(), ev.SendLastPages, then=S.LAST_PAGES)
     assert talk.machine.switch_reason == "post-copy was asked for while it ran"
+
+
+@conversation(after=(to_connecting, to_arming))
+def test_a_person_switches_to_post_copy_before_the_first_pass(talk: Talk) -> None:
+    talk.tell(ev.SwitchRequested())
+    if talk.machine.state is S.CONNECTING:
+        talk.tell(ev.Connected(), ev.ArmTracking(), ev.Publish(), then=S.ARMING)
+    talk.tell(ev.Armed(switchover_cost_s=0.01), ev.PauseVm(), then=S.SUSPENDING)
+    talk.tell(ev.RegisterSilent("no answer"), ev.PauseVm())
+    talk.tell(ev.VmPaused(), ev.SendLastPages(Rest.BOTH), then=S.LAST_PAGES)
+
+
+@conversation(mode=Mode.HYBRID, max_downtime_ms=100)
+def test_what_the_promised_downtime_has_room_for_is_not_owed(talk: Talk) -> None:
+    """70 ms less 10 for the switchover, at 100,000 pages a second."""
+    to_precopy(talk)
+    talk.tell(ev.PassEnded(pass_result(0, 4096, 4000)), ev.PauseVm(), then=S.SUSPENDING)
+    talk.tell(ev.VmPaused(), ev.SendLastPages(Rest.BOTH, 6000), then=S.LAST_PAGES)
 
 
 @conversation(

@@ -88,15 +88,28 @@ class Endings:
             _demand_possible(record, claim, owner.record)
 
     async def add_late_report(self, update: MigrationUpdate) -> None:
-        """Join what the other end measured into a record that has ended. Changes nothing else."""
-        while update.report is not None:
+        """Join what the other end says into a record that has ended.
+
+        Its report is added; and that the VM was lost after all, when nobody had heard of it before.
+        """
+        while True:
             kept = await self._records.migration(update.migration)
             if kept is None:
                 return
-            report = join_reports(kept.record.report, update.report)
-            if report == kept.record.report:
+            changes: dict[str, object] = {}
+            if update.report is not None:
+                changes["report"] = join_reports(kept.record.report, update.report)
+            claim = Claim.reported(update)
+            if kept.record.outcome is Outcome.COMPLETED and _lost_after_commit(claim):
+                changes |= {
+                    "outcome": Outcome.FAILED,
+                    "error_code": claim.error_code,
+                    "error": claim.error,
+                    "runs_at": claim.runs_at,
+                }
+            record = kept.record.model_copy(update=changes)
+            if record == kept.record:
                 return
-            record = kept.record.model_copy(update={"report": report})
             done = await self._records.store.transact(
                 compares=[kept.unchanged], puts={kept.key: encode(record)}
             )
@@ -112,7 +125,7 @@ class Endings:
             if error and runs_at not in error:
                 error = f"{error.rstrip('. ')}. VM {record.vm} runs on {runs_at}, where it was"
         else:
-            outcome, phase = Outcome.COMPLETED, Phase.DONE
+            outcome, phase = Outcome.FAILED if _lost_after_commit(claim) else Outcome.COMPLETED, Phase.DONE
         return joined.model_copy(
             update={
                 "outcome": outcome,
@@ -153,6 +166,14 @@ def _demand_possible(record: Migration, claim: Claim, held: Ownership) -> bool:
             f"{held.owner} in epoch {held.epoch}"
         )
     return committed
+
+
+def _lost_after_commit(claim: Claim) -> bool:
+    """Whether an end says that the VM was lost although it had moved: with its QEMU, or with pages it
+    lacked.
+    """
+    update = claim.update
+    return claim.outcome is Outcome.FAILED and update is not None and update.phase is Phase.DONE
 
 
 def _freed(vm: VmRecord) -> VmRecord:

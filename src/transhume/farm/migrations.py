@@ -185,6 +185,10 @@ class Migrations:
                 claim = replace(last_word, update=update)
             await self._end(record, claim)
             return
+        if claim.outcome is Outcome.FAILED and update.phase is Phase.DONE:
+            # Lost after the commit: a source that still holds pages for it waits for this word.
+            await self._end(record, claim)
+            return
         await self._endings.check(record, claim)
         self._last_words[record.id] = (self._clock_s(), claim)
         await self._note(merged(record, update), record)

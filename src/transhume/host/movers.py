@@ -249,6 +249,11 @@ class Movers:
             finally:
                 mover.writer = None
                 writer.close()
+                for waiting in mover.adjustments:
+                    if not waiting.done():
+                        waiting.set_exception(
+                            HostLost(f"the mover of migration {mover.job.migration.id} ended; try again")
+                        )
             return
 
     def _hear(self, mover: Mover, message: dict[str, Any]) -> None:

@@ -369,10 +369,12 @@ class PauseVm(Command):
 class SendLastPages(Command):
     """Scan once more and send what is left, or name it as owed; `rest` says when. Answered by LastPagesSent.
 
-    With AFTER_STATE the device state goes first, without its end mark.
+    With AFTER_STATE the device state goes first, without its end mark. When the rest is for after the resume,
+    up to `budget_pages` of what was written last are sent all the same.
     """
 
     rest: Rest = Rest.BEFORE_STATE
+    budget_pages: int = 0
 
 
 @dataclass(frozen=True)

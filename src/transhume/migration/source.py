@@ -20,6 +20,7 @@ from typing import ClassVar
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event, Machine, Rule, ignored
 from transhume.migration.policy import Choice, Decision, begins_suspended, decide, rest_of
+from transhume.model.errors import PagesLost
 from transhume.model.migration import (
     DowntimeReport,
     Engine,
@@ -40,6 +41,9 @@ RECONNECT_S = 0.5
 """How long the source waits before it looks again for a destination that lacks pages."""
 
 RESUME_ATTEMPTS = 5
+BUDGET_SHARE = 0.7
+"""Of the downtime that was promised; what is left over is for what goes slower than expected."""
+
 FINISH_LIMIT_S = 10.0
 """After the commit: how long the source waits to hear that the destination runs before it frees the VM."""
 
@@ -146,11 +150,13 @@ class SourceMachine(Machine[SourceState]):
         },
         S.CONNECTING: {
             **_TROUBLE,
+            ev.SwitchRequested: Rule("_note_switch", ()),
             ev.Connected: Rule("_connected", (S.ARMING,)),
             ev.Tick: Rule("_tick_connecting", (S.RESUMING,)),
         },
         S.ARMING: {
             **_TROUBLE,
+            ev.SwitchRequested: Rule("_note_switch", ()),
             ev.Armed: Rule("_armed", (S.PRECOPY, S.SUSPENDING)),
             ev.Tick: Rule("_tick_silence", (S.RESUMING,)),
         },
@@ -255,7 +261,7 @@ class SourceMachine(Machine[SourceState]):
         },
         S.RECONNECTING: {
             ev.Reconnected: Rule("_reconnected", (S.PAGING, S.RETIRING)),
-            ev.CommandFailed: Rule("_reconnect_failed", ()),
+            ev.CommandFailed: Rule("_reconnect_failed", (S.RETIRING,)),
             ev.MigrationKnown: Rule("_migration_known", (S.RETIRING,)),
             ev.Tick: Rule("_tick_reconnecting", ()),
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
@@ -478,6 +484,8 @@ class SourceMachine(Machine[SourceState]):
             self._rest = rest_of(self.migration.options)
             self.switch_reason = "no pass before the switchover was asked for"
             return self._suspend(now_s)
+        if self._switch_wanted:
+            return self._switch_as_asked(now_s)
         return (ev.SendPass(0), ev.Publish())
 
     def _suspend(self, now_s: float) -> Sequence[Command]:
@@ -485,6 +493,15 @@ class SourceMachine(Machine[SourceState]):
         self._pausing_s = now_s
         # No report: both daemons would be busy with it while the VM stands still. The clock's comes soon.
         return (ev.PauseVm(),)
+
+    def _note_switch(self, _: ev.SwitchRequested, now_s: float) -> Sequence[Command]:
+        self._switch_wanted = True
+        return ()
+
+    def _switch_as_asked(self, now_s: float) -> Sequence[Command]:
+        self.switch_reason = "post-copy was asked for while it ran"
+        self._rest = Rest.BOTH
+        return self._suspend(now_s)
 
     def _switch_requested(self, _: ev.SwitchRequested, now_s: float) -> Sequence[Command]:
         """The driver lets this through only when the destination is prepared for faults."""
@@ -505,9 +522,7 @@ class SourceMachine(Machine[SourceState]):
         self._predicted_downtime_s = decision.predicted_downtime_s
         self._interrupting = False
         if self._switch_wanted:
-            self.switch_reason = "post-copy was asked for while it ran"
-            self._rest = Rest.BOTH
-            return self._suspend(now_s)
+            return self._switch_as_asked(now_s)
         if decision.choice is Choice.ABORT:
             return self._abort(Outcome.FAILED, "deadline", decision.reason)
         if decision.choice is Choice.SWITCH:
@@ -521,7 +536,7 @@ class SourceMachine(Machine[SourceState]):
         """Go on with the pre-copy until the register answers, or until the deadline."""
         if now_s - self._started_s >= self.migration.options.deadline_s:
             return self._abort(Outcome.FAILED, "store", f"the register did not answer: {event.message}")
-        if begins_suspended(self.migration.options):
+        if not self.passes and self._rest.after_resume:
             return (ev.PauseVm(),)
         self.state = S.PRECOPY
         return (ev.SendPass(len(self.passes)), ev.Publish())
@@ -539,7 +554,18 @@ class SourceMachine(Machine[SourceState]):
         self._pausing_s = self._pausing_s if event.since_s is None else event.since_s
         self._marks_s["paused"] = now_s
         self._downtime = self._downtime.model_copy(update={"stop_ms": (now_s - self._pausing_s) * 1000})
-        return (ev.SendLastPages(self._rest),)
+        return (ev.SendLastPages(self._rest, self._budget_pages()),)
+
+    def _budget_pages(self) -> int:
+        """How many of the latest dirty pages may travel while the VM is suspended, when the others are owed.
+
+        They are the ones that it needs first, and the promised downtime has room for them (claim 11).
+        """
+        decision = self.last_decision
+        if decision is None or not self._rest.after_resume:
+            return 0
+        room_s = self.migration.options.max_downtime_ms / 1000 * BUDGET_SHARE - self._switchover_cost_s
+        return max(0, round(room_s * decision.rate_bytes_s / PAGE_BYTES))
 
     def _last_pages_sent(self, event: ev.LastPagesSent, now_s: float) -> Sequence[Command]:
         self.state = S.STATE
@@ -635,6 +661,8 @@ class SourceMachine(Machine[SourceState]):
     def _reconnect_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
         if event.command != ev.Reconnect.__name__:
             return ()
+        if event.code == PagesLost.code:
+            return self._lose_pages()
         self._reconnecting = False
         self._reconnect_due_s = now_s + RECONNECT_S
         return ()
@@ -657,7 +685,7 @@ class SourceMachine(Machine[SourceState]):
     def _lose_pages(self) -> Sequence[Command]:
         """The source's QEMU and its mover have both died: what they held is gone, and that must be said."""
         return self._end_owing(
-            "pages-lost",
+            PagesLost.code,
             f"the source's QEMU and mover died while pages were owed: VM {self.migration.vm} runs at host "
             f"{self.migration.destination} and stands still where it needs one of them; end it with "
             "`transhume vm kill`, and start it from its disks",

@@ -91,6 +91,12 @@ class VmmError(TranshumeError):
     status = 502
 
 
+class PagesLost(VmmError):
+    """Pages that a VM elsewhere still lacks are held by nobody any more."""
+
+    code = "pages-lost"
+
+
 class KernelError(TranshumeError):
     """The Linux kernel lacks or refused something that the engine needs."""
 
@@ -144,6 +150,7 @@ ERRORS_BY_CODE: dict[str, type[TranshumeError]] = {
         Unauthorized,
         PeerProtocolError,
         VmmError,
+        PagesLost,
         KernelError,
         HostLost,
         TimedOut,

@@ -7,9 +7,9 @@ from random import Random
 
 from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
-from transhume.migration.driver.loop import PAGES_LOST
 from transhume.migration.machine import UnexpectedEvent
 from transhume.migration.source import SourceMachine, SourceState
+from transhume.model.errors import PagesLost
 from transhume.model.migration import Migration, Outcome
 from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.host import SimHost
@@ -191,7 +191,7 @@ class SimFarm:
         return ev.MigrationKnown(
             going_on=self._migration_goes_on(),
             paged=self._hosts[Side.DESTINATION].paged,
-            pages_lost=any(host.last_error_code == PAGES_LOST for host in failed),
+            pages_lost=any(host.last_error_code == PagesLost.code for host in failed),
             failed=bool(failed),
         )
 
@@ -380,7 +380,7 @@ class SimFarm:
         if not self._record_completed:
             return False
         here, there = self._hosts[Side.SOURCE], self._hosts[Side.DESTINATION]
-        if here.last_state == SourceState.DONE and here.last_error_code == PAGES_LOST:
+        if here.last_state == SourceState.DONE and here.last_error_code == PagesLost.code:
             return there.last_state == DestinationState.PAGING
         return there.last_outcome is Outcome.FAILED and self._looks_for_an_end_that_is_over()
 

@@ -43,7 +43,7 @@ from transhume.model.errors import (
     Unauthorized,
     VmmError,
 )
-from transhume.model.migration import Engine, MigrationReport, Outcome, PagingReport, Rest
+from transhume.model.migration import Engine, MigrationReport, Outcome, Rest
 from transhume.model.orders import MigrationUpdate, Prepared
 from transhume.vmm.device_state import IncomingState, prepare_load
 from transhume.vmm.launch import launch
@@ -121,7 +121,6 @@ class DestinationDriver(Driver[DestinationState]):
         self._pager_thread: threading.Thread | None = None
         self._fault_channel: FrameChannel | None = None
         self._state_may_load = asyncio.Event()
-        self._paging: PagingReport | None = None
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -183,8 +182,14 @@ class DestinationDriver(Driver[DestinationState]):
             runs_at=machine.runs_at,
             error_code=machine.error_code,
             error=machine.error,
-            report=None if self._paging is None else MigrationReport(paging=self._paging),
+            report=self._report(),
         )
+
+    def _report(self) -> MigrationReport | None:
+        """What paging was like, once the last page is here: the source frees its memory on this word too."""
+        if self._pager is None or self._pager.missing.left_pages:
+            return None
+        return MigrationReport(paging=self._pager.report().model_copy(update={"complete": True}))
 
     def stop_work(self) -> None:
         self._closing = True
@@ -527,9 +532,7 @@ class DestinationDriver(Driver[DestinationState]):
         if self._pager_thread is not None:
             await asyncio.to_thread(self._pager_thread.join)
         await asyncio.to_thread(pager.disarm)
-        self._paging = pager.report().model_copy(update={"complete": True})
-        self.publish()
-        await asyncio.to_thread(self._send_if_open, wire.Paged(paging=self._paging))
+        await asyncio.to_thread(self._send_if_open, wire.Paged(paging=pager.report()))
 
     async def _begin_native(self, channel: FrameChannel) -> None:
         try:

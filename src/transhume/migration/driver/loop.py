@@ -18,12 +18,11 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.machine import Command, Event, Machine, UnexpectedEvent
 from transhume.migration.register import Register
-from transhume.model.errors import HostLost, NotFound, StoreError, StoreFull, TranshumeError
+from transhume.model.errors import HostLost, NotFound, PagesLost, StoreError, StoreFull, TranshumeError
 from transhume.model.migration import Outcome
 from transhume.model.orders import CancelReply, MigrationUpdate
 from transhume.model.vm import Ownership
 
-PAGES_LOST = "pages-lost"
 TICK_S = 0.1
 PUBLISH_S = 0.2
 CANCEL_POLL_S = 0.01
@@ -252,7 +251,7 @@ class Driver(ABC, Generic[StateT]):
         return ev.MigrationKnown(
             going_on=record.outcome is Outcome.RUNNING,
             paged=paging is not None and paging.complete,
-            pages_lost=record.error_code == PAGES_LOST,
+            pages_lost=record.error_code == PagesLost.code,
             failed=record.outcome is Outcome.FAILED,
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from transhume.memory.runs import Runs
+from transhume.model.errors import VmmError
 
 
 class OwedFile:
@@ -31,12 +32,17 @@ class OwedFile:
         draft.rename(self._owed)
 
     def read(self) -> list[Runs] | None:
-        """What was noted; None when nothing was ever owed."""
+        """What was noted; None when nothing is owed.
+
+        Raises `VmmError` for a file that is damaged: what is owed is then not known, which is not nothing.
+        """
         try:
-            with np.load(self._owed) as arrays:
+            with self._owed.open("rb") as file, np.load(file) as arrays:
                 return [arrays[f"arr_{index}"] for index in range(len(arrays.files))]
-        except (FileNotFoundError, zipfile.BadZipFile):
+        except FileNotFoundError:
             return None
+        except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+            raise VmmError(f"{self._owed} is damaged: {error}") from error
 
     def remove(self) -> None:
         """Nothing is owed any more."""
@@ -44,9 +50,11 @@ class OwedFile:
 
     def write_listening(self, port: int, key: bytes) -> None:
         """Note where the source finds this end, so that a successor can be found at the same place."""
-        fd = os.open(self._listening, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        draft = self._listening.with_suffix(".draft")
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
             json.dump({"port": port, "key": key.hex()}, file)
+        draft.rename(self._listening)
 
     def read_listening(self) -> tuple[int, bytes] | None:
         """The predecessor's port and key."""

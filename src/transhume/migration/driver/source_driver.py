@@ -38,7 +38,15 @@ from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.fault_server import serve_faults
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.sender import PageSender, SentPages
-from transhume.model.errors import HostLost, PeerProtocolError, StoreError, TimedOut, TranshumeError, VmmError
+from transhume.model.errors import (
+    HostLost,
+    PagesLost,
+    PeerProtocolError,
+    StoreError,
+    TimedOut,
+    TranshumeError,
+    VmmError,
+)
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate
 from transhume.model.vm import PAGE_BYTES, Accel, Display
@@ -212,7 +220,7 @@ class SourceDriver(Driver[SourceState]):
                 message="the destination was not prepared for page faults: the migration began with "
                 f"{_why_no_paging(self._options)}",
             )
-        if adjustment.switch_to_post_copy and phase is not Phase.PRECOPY:
+        if adjustment.switch_to_post_copy and phase not in (Phase.PREPARED, Phase.PRECOPY):
             return AdjustReply(
                 accepted=False, message=f"it is past or before its pre-copy, in phase {phase.value}"
             )
@@ -282,6 +290,8 @@ class SourceDriver(Driver[SourceState]):
             self.post(ev.QemuDied("it was not running when the mover started"))
             return
         self._process = process
+        if self._predecessor_state is not None:
+            self._ram = GuestRam.of_process(process.pid)  # held from now on, whatever becomes of QEMU
         self._watcher = asyncio.create_task(self._watch(process), name="watch QEMU")
         self._monitor = await Monitor.connect(self._paths.mover_qmp_socket)
 
@@ -366,7 +376,7 @@ class SourceDriver(Driver[SourceState]):
         assert prepared is not None
         if self._ram is None:
             if self._process is None:
-                raise VmmError(f"QEMU of VM {self.migration.vm} does not run, and nobody else has its memory")
+                raise PagesLost(f"QEMU of VM {self.migration.vm} has ended, and nobody else has its memory")
             self._ram = GuestRam.of_process(self._process.pid)
         blocks = self._ram.ram_blocks
         identity = Identity(
@@ -496,9 +506,16 @@ class SourceDriver(Driver[SourceState]):
     async def _send_last_pages(self, command: ev.SendLastPages) -> Event:
         began_s = time.monotonic()
         if command.rest.after_resume:
-            owed_pages = await self._in_data_thread(self._name_owed)
-            nothing = ev.PassResult(len(self._source.passes), 0, 0, 0, time.monotonic() - began_s, owed_pages)
-            return ev.LastPagesSent(nothing, owed_pages=owed_pages)
+            owed_pages, sent = await self._in_data_thread(self._name_owed, command.budget_pages)
+            result = ev.PassResult(
+                index=len(self._source.passes),
+                pages=sent.pages,
+                zero_pages=sent.zero_pages,
+                wire_bytes=sent.wire_bytes,
+                duration_s=time.monotonic() - began_s,
+                dirty_pages_after=owed_pages,
+            )
+            return ev.LastPagesSent(result, owed_pages=owed_pages)
         if command.rest is Rest.AFTER_STATE:
             self._streamed = await self._stream_state()
         verified = self._expect(wire.FrameType.PAGES_VERIFIED)
@@ -530,13 +547,21 @@ class SourceDriver(Driver[SourceState]):
         self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
         return sent, last_page_s
 
-    def _name_owed(self) -> int:
-        """In the data thread: the VM is paused, so this scan is the last. Nothing is sent but names."""
+    def _name_owed(self, budget_pages: int) -> tuple[int, SentPages]:
+        """In the data thread: the VM is paused, so this scan is the last.
+
+        A few of the pages written last are sent, as many as the promised downtime has room for; the others
+        are named. How many those are, and what was sent, comes back.
+        """
         assert self._tracked is not None
         assert self._channel is not None
         dirty = self._tracked.tracker.collect()
         # Without a pass before, all that was ever touched is owed.
         rest = self._left if self._source.passes else self._tracked.ram.populated_runs()
+        now = _first_pages(dirty, budget_pages)
+        sent, _ = self._send_runs(now, paced=False)
+        dirty = [page_runs.subtract(*pair) for pair in zip(dirty, now, strict=True)]
+        rest = [page_runs.subtract(*pair) for pair in zip(rest, now, strict=True)]
         owed = [page_runs.union(*pair) for pair in zip(dirty, rest, strict=True)]
         count = _count(owed)
         if count:
@@ -544,8 +569,8 @@ class SourceDriver(Driver[SourceState]):
             block_pages = self._channel.decoder.block_pages
             self._push_order = PushOrder(block_pages, [dirty, self._latest, rest])
             self._send_owed(owed)
-        self._channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
-        return count
+        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
+        return count, sent
 
     def _send_owed(self, owed: list[Runs]) -> None:
         assert self._channel is not None
@@ -825,6 +850,16 @@ class SourceDriver(Driver[SourceState]):
 
 def _count(runs: list[Runs]) -> int:
     return sum(page_runs.page_count(each) for each in runs)
+
+
+def _first_pages(runs: list[Runs], most_pages: int) -> list[Runs]:
+    """Up to so many pages of all blocks together."""
+    first: list[Runs] = []
+    for block in runs:
+        piece = next(page_runs.batches(block, most_pages, len(block)), None) if most_pages > 0 else None
+        first.append(page_runs.empty() if piece is None else piece)
+        most_pages -= page_runs.page_count(first[-1])
+    return first
 
 
 def _why_no_paging(options: MigrationOptions) -> str:

@@ -32,6 +32,7 @@ from transhume.model.vm import PAGE_BYTES
 
 _POLL_S = 0.1
 _WAITING_POLL_S = 0.002
+_UNREACHABLE_POLL_S = 0.02
 _RETRY_S = 0.2
 _BUFFER_PAGES = 256
 _ONE_PAGE_BYTES = PAGE_BYTES + 8
@@ -137,10 +138,11 @@ class Pager:
             now_s = time.monotonic()
             for fault in faults:
                 self._take(fault, now_s)
+            self._forget_placed()
             if self._waiting and self._on_demand:
                 self._fetch_waiting()
-            elif self._waiting:
-                self._forget_placed()
+            if self._waiting and self._channel is None:
+                self._stopping.wait(_UNREACHABLE_POLL_S)
 
     def _take(self, fault: Fault, now_s: float) -> None:
         index, page = self._locate(fault.address)
@@ -149,8 +151,13 @@ class Pager:
             self._waiting.setdefault((index, page), now_s)
         elif condition is not Condition.PLACING:
             # Never owed, or given away by the guest since: zeros. If it is there by now, who waits is woken.
-            address = self._ram.blocks[index].address + page * PAGE_BYTES
-            self._zero_filled_pages += self._uffd.zero_fill(address, PAGE_BYTES) // PAGE_BYTES
+            address = _address(self._ram.blocks[index], page)
+            try:
+                self._zero_filled_pages += self._uffd.zero_fill(address, PAGE_BYTES) // PAGE_BYTES
+            except KernelError:
+                # No memory now: who waits is told to look again, and faults anew.
+                self._stopping.wait(_RETRY_S)
+                self._uffd.wake(address, PAGE_BYTES)
 
     def _locate(self, address: int) -> tuple[int, int]:
         for index, block in enumerate(self._ram.blocks):
@@ -167,8 +174,9 @@ class Pager:
             if len(self._waiting) == 1:
                 self._fetch_one(channel, *next(iter(self._waiting)))
                 return
-            for index in sorted({index for index, _ in self._waiting}):
-                pages = np.array(sorted(page for at, page in self._waiting if at == index), dtype=np.int64)
+            wanted = [key for key in self._waiting if self.missing.condition(*key) is Condition.MISSING]
+            for index in sorted({index for index, _ in wanted}):
+                pages = np.array(sorted(page for at, page in wanted if at == index), dtype=np.int64)
                 self._fetch(channel, index, page_runs.from_pages(pages))
         except (HostLost, PeerProtocolError) as error:
             if self._channel is channel:
@@ -182,7 +190,8 @@ class Pager:
             channel.write(encode_page_name(FrameType.FETCH, index, page, channel.version))
         header = channel.receive_header()
         content = self._buffer_view[: header.payload_bytes]
-        if header.payload_bytes > _ONE_PAGE_BYTES or header.block_index != index:
+        expected = header.type in (FrameType.PAGES, FrameType.ZERO) and header.block_index == index
+        if not expected or header.payload_bytes > _ONE_PAGE_BYTES:
             raise PeerProtocolError(f"{channel.peer} sent {header.type.name} where a page was due.")
         channel.receive_into(content)
         if channel.decoder.only_page(header, content) != page:
@@ -281,8 +290,12 @@ class Pager:
 
     def _carry_out(self, block_index: int, claimed: Runs, place: Callable[[int, int], int]) -> None:
         """Place claimed runs, one after the other."""
-        for first, count in claimed.tolist():
-            self._insist(partial(place, first, count), block_index, first, claimed)
+        for row, (first, count) in enumerate(claimed.tolist()):
+            try:
+                self._insist(partial(place, first, count), block_index, first, claimed)
+            except TranshumeError:
+                self.missing.settle(block_index, claimed[:row])
+                raise
         if len(claimed) and self.missing.settle(block_index, claimed) == 0:
             self._on_all_placed()
 
