@@ -14,6 +14,7 @@ from tests.migration.paging.guest import pages
 from transhume.memory import runs as page_runs
 from transhume.memory.runs import Runs
 from transhume.migration.driver.owed_file import OwedFile
+from transhume.model.errors import VmmError
 
 RUNS = st.sets(st.integers(0, 300), max_size=30).map(lambda numbers: pages(*numbers))
 
@@ -67,3 +68,10 @@ def test_where_the_predecessor_listened(tmp_path: Path) -> None:
     assert stat.S_IMODE(noted.stat().st_mode) == 0o600  # it holds the key
     noted.write_text('{"port": 4')
     assert OwedFile(tmp_path).read_listening() is None
+
+
+@pytest.mark.parametrize("data", [b"", b"garbage that is no zip", b"PK\x03\x04 short"])
+def test_a_damaged_file_is_not_taken_for_nothing_owed(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "owed.npz").write_bytes(data)
+    with pytest.raises(VmmError, match="is damaged"):
+        OwedFile(tmp_path).read()

@@ -32,7 +32,7 @@ from transhume.migration.transfer.pager import Pager
 from transhume.migration.transfer.receiver import PageReceiver
 from transhume.migration.transfer.sender import PageSender
 from transhume.migration.wire import Decoder, End
-from transhume.model.errors import HostLost, PeerProtocolError, TranshumeError
+from transhume.model.errors import HostLost, KernelError, PeerProtocolError, TranshumeError
 from transhume.model.vm import PAGE_BYTES
 
 pytestmark = needs_tracking
@@ -442,3 +442,56 @@ def test_the_end_of_the_process_ends_a_placement(paging: Paging) -> None:
     with pytest.raises(TranshumeError, match="ended"):
         paging.pager.push(0, pages(1), bytearray(content(0, 1)))
     assert paging.pager.missing.condition(0, 1) is Condition.MISSING
+
+
+def test_a_frame_that_is_no_answer_places_nothing(paging: Paging) -> None:
+    paging.arm()
+    ours, theirs = Link._pair(BLOCK_PAGES)
+    paging.pager.attach(theirs)
+    paging.guest.read_later(0, 11)
+    header = ours.receive_header()
+    ours.receive_into(memoryview(bytearray(header.table_bytes)))
+    with ours.frame():
+        ours.write(wire.encode_table(wire.FrameType.OWED, 0, pages(11), ours.version))
+    wait_until(lambda: len(paging.lost) == 1)
+    assert paging.pager.missing.condition(0, 11) is Condition.MISSING
+    for channel in (ours, theirs):
+        channel.close()
+
+
+def test_a_first_touch_waits_for_memory(paging: Paging, monkeypatch: pytest.MonkeyPatch) -> None:
+    paging.arm()
+    really = paging.guest.uffd.zero_fill
+    tries: list[int] = []
+
+    def short_of_memory(address: int, length_bytes: int) -> int:
+        tries.append(address)
+        if len(tries) == 1:
+            raise KernelError("no memory left")
+        return really(address, length_bytes)
+
+    monkeypatch.setattr(paging.guest.uffd, "zero_fill", short_of_memory)
+    paging.guest.read_later(0, 5)
+    wait_until(lambda: len(tries) > 1)
+    assert paging.threads.failures == []
+
+
+def test_what_was_placed_before_a_failure_stays_placed(
+    paging: Paging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paging.arm()
+    really = paging.guest.uffd.copy
+    tries: list[int] = []
+
+    def fails_in_the_middle(address: int, source_address: int, length_bytes: int) -> int:
+        tries.append(address)
+        if len(tries) == 2:
+            paging.pager.stop()
+            raise KernelError("no memory left")
+        return really(address, source_address, length_bytes)
+
+    monkeypatch.setattr(paging.guest.uffd, "copy", fails_in_the_middle)
+    with pytest.raises(KernelError):
+        paging.pager.push(0, pages(1, 3, 6), bytearray(content(0, 1) + content(0, 3) + content(0, 6)))
+    found = [paging.pager.missing.condition(0, page) for page in (1, 3, 6)]
+    assert found == [Condition.PLACED, Condition.MISSING, Condition.MISSING]
