@@ -70,10 +70,14 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
 
 
 def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingReport | None:
-    """The one that knows more: the source's own until the destination's word has come, then that."""
+    """The one that knows more: the destination's own word. How long the source was needed the source knows."""
     if held is None or new is None:
         return new or held
-    return max(held, new, key=lambda each: (each.complete, each.faults + each.pushed_pages, each.residual_ms))
+    fuller = max(
+        held, new, key=lambda each: (each.complete, each.faults + each.pushed_pages, each.owed_pages)
+    )
+    residual_ms = max(held.residual_ms, new.residual_ms)
+    return fuller.model_copy(update={"residual_ms": residual_ms})
 
 
 def _later(held: Phase, new: Phase) -> Phase:

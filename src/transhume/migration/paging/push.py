@@ -26,7 +26,7 @@ AROUND_PAGES = 2048
 
 CALM_S = 0.003
 HOLD_STEP_S = 0.001
-MOST_HOLD_S = 0.5
+MOST_HOLD_S = 0.2
 """The push stands back for faults that follow each other within `CALM_S`, in steps, this long in all."""
 
 
