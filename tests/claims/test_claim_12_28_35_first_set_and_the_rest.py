@@ -3,8 +3,7 @@
 "before transferring non-memory source VM state information to the destination VM, pre-copying a first set of
 source VM memory units to the destination VM; ... tracking modifications of source VM memory units after the
 pre-copying step; and iteratively transferring to the destination VM remaining non-transferred source VM
-memory units, as well as modified VM memory units." Claim 35 says the same of claim 33's pre-copy; claim 33
-itself is open.
+memory units, as well as modified VM memory units." Claim 35 says the same of claim 33's pre-copy.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 "storing the contents of the source virtual disk in a storage arrangement shared by both the source and
 destination computers; and preparing a virtual disk of the destination VM by mapping the virtual disk of the
 destination VM to the same physical addresses as the source virtual disk in the shared storage arrangement."
-Claim 36 says it of claim 33, which is open.
+Claim 36 says it of claim 33.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Claim 34 (in part): modifications are detected by write-protecting memory and sensing the faults of writes.
+"""Claim 34: modifications are detected by write-protecting memory and sensing the faults of writes.
 
 "detecting modification of VM source memory units, by write-protecting selected VM source memory units to
 form write-protected memory units; sensing faults generated upon any source VM attempt to write to the write
 protected memory units; allowing the source VM to write to the protected memory units; and retransferring to
-the destination VM one or more write-protected memory units written to by the source VM." Claim 33, on which
-it rests, is open.
+the destination VM one or more write-protected memory units written to by the source VM."
 """
 
 from __future__ import annotations

@@ -44,9 +44,20 @@ def at_source(
 
 
 def at_destination(
-    found: DestinationFacts | None = ROOM, destination: HostStatus = BETA, **facts: Any
+    found: DestinationFacts | None = ROOM,
+    destination: HostStatus = BETA,
+    options: MigrationOptions = OURS,
+    **facts: Any,
 ) -> tuple[str, ...]:
-    return destination_reasons(VM, ALPHA, FACTS.model_copy(update=facts), destination, found)
+    return destination_reasons(VM, ALPHA, FACTS.model_copy(update=facts), destination, found, options)
+
+
+def test_a_destination_that_cannot_page_is_told_unless_nothing_is_owed() -> None:
+    old = host("beta", tracking_obstacles=("this kernel has no WP_ASYNC: install Linux 6.7 or newer",))
+    (reason,) = at_destination(destination=old)
+    assert reason.startswith("host beta: this kernel has no WP_ASYNC")
+    assert "--no-post-copy" in reason
+    assert at_destination(destination=old, options=MigrationOptions(post_copy=False)) == ()
 
 
 def test_a_vm_that_fits_has_no_reason_against_it() -> None:

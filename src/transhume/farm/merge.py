@@ -70,7 +70,7 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
 
 
 def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingReport | None:
-    """The one that knows more: the destination's own word. How long the source was needed the source knows."""
+    """The one that knows more: the destination's own word. How long it was needed the source knows."""
     if held is None or new is None:
         return new or held
     fuller = max(

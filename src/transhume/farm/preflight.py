@@ -43,6 +43,7 @@ def destination_reasons(
     facts: SourceFacts,
     destination: HostStatus,
     found: DestinationFacts | None,
+    options: MigrationOptions,
 ) -> tuple[str, ...]:
     """Reasons that hold for this destination. `found` is None when it could not be asked."""
     if destination.name == source.name:
@@ -58,7 +59,16 @@ def destination_reasons(
         *_cpu_reasons(facts, destination),
         *found.disk_obstacles,
         *found.file_obstacles,
+        *(_paging_reasons(destination) if options.may_page else ()),
     )
+
+
+def _paging_reasons(destination: HostStatus) -> list[str]:
+    """Pages owed after the resume need the kernel's faults there too."""
+    return [
+        f"host {destination.name}: {obstacle}; or move with --no-post-copy"
+        for obstacle in destination.inventory.tracking_obstacles
+    ]
 
 
 def _own_engine_reasons(source: HostStatus, facts: SourceFacts) -> list[str]:

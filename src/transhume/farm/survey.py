@@ -51,7 +51,7 @@ async def survey(members: Members, vm: Vm, to: str | None, options: MigrationOpt
     )
     general = source_reasons(vm, source, facts, options)
     against = [
-        destination_reasons(vm, source, facts, host, answer)
+        destination_reasons(vm, source, facts, host, answer, options)
         for host, answer in zip(candidates, found, strict=True)
     ]
     if to is not None:
