@@ -225,18 +225,16 @@ class Pager:
             came = channel.decoder.runs(header, table)
             awaited -= page_runs.page_count(came)
             if header.type is FrameType.PAGES:
-                self._fetched_pages += self._receive(channel, index, came)
+                self._receive(channel, index, came)
             else:
-                self._fetched_pages += self.place_zeros(index, came)
+                self.place_zeros(index, came, pushed=False)
 
     def _receive(self, channel: FrameChannel, index: int, runs: Runs) -> int:
         placed = 0
         for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
             pages = page_runs.page_count(batch)
             channel.receive_into(self._buffer_view[: pages * PAGE_BYTES])
-            fresh = self._place(index, batch, self._buffer_address)
-            self._sent_twice_bytes += (pages - fresh) * PAGE_BYTES
-            placed += fresh
+            placed += self._place(index, batch, self._buffer_address, pushed=False)
         return placed
 
     def _forget_placed(self) -> None:
@@ -252,17 +250,25 @@ class Pager:
 
     def push(self, block_index: int, runs: Runs, content: bytearray) -> None:
         """Place pages that came by themselves; `content` holds them in order."""
-        fresh = self._place(block_index, runs, _address_of(content))
-        self._pushed_pages += fresh
-        self._sent_twice_bytes += (page_runs.page_count(runs) - fresh) * PAGE_BYTES
+        self._place(block_index, runs, _address_of(content), pushed=True)
 
     def push_zeros(self, block_index: int, runs: Runs) -> None:
         """Place zero pages that were named by themselves."""
-        self._pushed_pages += self.place_zeros(block_index, runs)
+        self.place_zeros(block_index, runs, pushed=True)
 
-    def place_zeros(self, block_index: int, runs: Runs) -> int:
-        """Place zero pages; returns how many were missing."""
+    def _count(self, claimed: Runs, pushed: bool) -> int:
+        """Before they are settled: with the last page the report is taken."""
+        pages = page_runs.page_count(claimed)
+        if pushed:
+            self._pushed_pages += pages
+        else:
+            self._fetched_pages += pages
+        return pages
+
+    def place_zeros(self, block_index: int, runs: Runs, pushed: bool) -> int:
+        """Place zero pages, which came by themselves or on demand; returns how many were missing."""
         claimed = self.missing.claim(block_index, runs)
+        self._count(claimed, pushed)
         block = self._ram.blocks[block_index]
         self._carry_out(
             block_index,
@@ -271,8 +277,9 @@ class Pager:
         )
         return page_runs.page_count(claimed)
 
-    def _place(self, block_index: int, runs: Runs, content_address: int) -> int:
+    def _place(self, block_index: int, runs: Runs, content_address: int, pushed: bool) -> int:
         claimed = self.missing.claim(block_index, runs)
+        self._sent_twice_bytes += (page_runs.page_count(runs) - self._count(claimed, pushed)) * PAGE_BYTES
         if len(claimed) == 0:
             return 0
         block = self._ram.blocks[block_index]
