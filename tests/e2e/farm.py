@@ -19,8 +19,9 @@ from transhume.demo.lab import Lab, LabHost
 from transhume.demo.observer import Observer
 from transhume.host.config import DEFAULT_VM_USER, HostConfig
 from transhume.migration.driver.job import MoverFolder, Role
-from transhume.model.errors import TranshumeError
+from transhume.model.errors import HostLost, TranshumeError
 from transhume.model.migration import Migration, MigrationOptions, Outcome, Phase
+from transhume.model.orders import Adjustment
 from transhume.model.vm import Accel, Disk, Vm, VmSpec
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import find_running
@@ -210,6 +211,25 @@ class Farm:
 
     async def migrate(self, vm: str, to: str, **options: Any) -> Migration:
         return await self.ended(await self.begin(vm, to, **options))
+
+    async def adjust(self, migration: str, adjustment: Adjustment) -> None:
+        """Give a migration other limits as soon as its source's mover takes them, unless it ends before."""
+
+        async def taken() -> bool:
+            async with self.client() as client:
+                try:
+                    await client.adjust(migration, adjustment)
+                except HostLost:
+                    return False  # a mover that has only just begun
+                except TranshumeError:
+                    return (await client.migration(migration)).outcome is not Outcome.RUNNING
+            return True
+
+        await until(taken, "the source takes other limits, or has ended")
+
+    async def hurry(self, migration: str) -> None:
+        """Take the limit off its bandwidth."""
+        await self.adjust(migration, Adjustment(bandwidth_bytes_s=0))
 
     async def in_phase(self, migration: str, *phases: Phase) -> Migration:
         """Wait until the migration was reported in one of the phases."""

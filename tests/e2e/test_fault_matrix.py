@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.farm import Farm, until
+from tests.e2e.farm import Farm
 
 from transhume.migration.driver.job import Role
-from transhume.model.errors import Conflict, HostLost, TranshumeError
 from transhume.model.migration import Migration, Mode, Outcome, Phase
 from transhume.model.orders import Adjustment
 
@@ -152,10 +151,10 @@ async def test_fault(farm: Farm, mode: str, phase: Phase, fault: str) -> None:
         "vm", "beta", bandwidth_bytes_s=SLOW_BYTES_S, peer_silence_limit_s=SILENCE_LIMIT_S, **MODES[mode]
     )
     if phase is Phase.PAGING and mode == "hybrid":
-        await _switch(farm, migration)
+        await farm.adjust(migration, Adjustment(switch_to_post_copy=True))
     await farm.in_phase(migration, phase)
     await strike(farm, migration)
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     record = await farm.ended(migration)
     where = await _judge(farm, record)
     _write_down(mode, phase, fault, wanted, where, record)
@@ -183,37 +182,6 @@ async def _judge(farm: Farm, record: Migration) -> str:
     assert again.outcome is Outcome.COMPLETED, again.error
     await farm.assert_sound("vm", other)
     return DESTINATION if host == "beta" else SOURCE
-
-
-async def _hurry(farm: Farm, migration: str) -> None:
-    """Take the limit off, if there is still a mover that has one."""
-
-    async def taken() -> bool:
-        try:
-            await _adjust(farm, migration, Adjustment(bandwidth_bytes_s=0))
-        except HostLost:
-            return False
-        except (Conflict, TranshumeError):
-            return True
-        return True
-
-    await until(taken, "the source takes another limit, or has ended")
-
-
-async def _switch(farm: Farm, migration: str) -> None:
-    async def taken() -> bool:
-        try:
-            await _adjust(farm, migration, Adjustment(switch_to_post_copy=True))
-        except TranshumeError:
-            return False  # its mover has only just begun
-        return True
-
-    await until(taken, "the source takes the switch")
-
-
-async def _adjust(farm: Farm, migration: str, adjustment: Adjustment) -> None:
-    async with farm.client() as client:
-        await client.adjust(migration, adjustment)
 
 
 def _write_down(mode: str, phase: Phase, fault: str, wanted: str, where: str, record: Migration) -> None:

@@ -17,7 +17,7 @@ from tests.e2e.farm import Farm, until
 
 from transhume.demo.observer import Observer
 from transhume.migration.driver.job import MoverFolder, Role
-from transhume.model.errors import Conflict, HostLost
+from transhume.model.errors import Conflict
 from transhume.model.migration import Migration, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment
 
@@ -55,22 +55,6 @@ async def _paging(farm: Farm) -> str:
     await farm.in_phase(migration, Phase.PAGING)
     assert farm.runs_on("vm") == ["alpha", "beta"]  # the source's is suspended, and keeps the pages
     return migration
-
-
-async def _hurry(farm: Farm, migration: str) -> None:
-    """Let the push go on without a limit."""
-
-    async def taken() -> bool:
-        async with farm.client() as client:
-            try:
-                await client.adjust(migration, Adjustment(bandwidth_bytes_s=0))
-            except HostLost:
-                return False  # a successor that has only just begun
-            except Conflict:
-                return (await client.migration(migration)).outcome is not Outcome.RUNNING
-        return True
-
-    await until(taken, "the source takes another limit")
 
 
 async def _completes(farm: Farm, migration: str) -> Migration:
@@ -139,7 +123,7 @@ async def test_a_link_that_drops_while_paging_is_found_again(farm: Farm) -> None
 
     await until(both_noticed, "the source looks for its destination")
     farm.lab.restore()
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     record = await _completes(farm, migration)
     assert record.report.paging is not None
     assert record.report.paging.link_losses > 0
@@ -160,7 +144,7 @@ async def test_a_mover_that_dies_while_paging_has_a_successor(farm: Farm, role: 
             return False
 
     await until(succeeded, "a successor works")
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     await _completes(farm, migration)
 
 
@@ -180,7 +164,7 @@ async def test_both_movers_die_while_paging(farm: Farm) -> None:
             return False
 
     await until(succeeded, "a successor works")
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     await _completes(farm, migration)
 
 
@@ -190,7 +174,7 @@ async def test_a_daemon_that_dies_while_paging_changes_nothing(farm: Farm, host:
     farm.kill_daemon(host)
     await farm.daemon_gone(host)
     await farm.start_daemon(host)
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     await _completes(farm, migration)
 
 
@@ -198,7 +182,7 @@ async def test_the_sources_qemu_may_die_while_paging(farm: Farm) -> None:
     """Its mover holds the memory too."""
     migration = await _paging(farm)
     os.kill(farm.qemu_pid("vm", "alpha"), signal.SIGKILL)
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     await _completes(farm, migration)
 
 
@@ -208,7 +192,7 @@ async def test_cancel_while_paging_says_where_the_vm_runs(farm: Farm) -> None:
         reply = await client.cancel(migration)
     assert not reply.accepted
     assert reply.runs_at == "destination host beta"
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     await _completes(farm, migration)
 
 
@@ -219,7 +203,7 @@ async def test_switch_to_post_copy_on_request(farm: Farm) -> None:
     async with farm.client("beta") as client:
         await client.adjust(migration, Adjustment(switch_to_post_copy=True))
     await farm.in_phase(migration, Phase.PAGING)
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     record = await _completes(farm, migration)
     assert record.report.switch_reason == "post-copy was asked for while it ran"
 
@@ -231,7 +215,7 @@ async def test_a_migration_without_post_copy_refuses_the_switch(farm: Farm) -> N
     async with farm.client() as client:
         with pytest.raises(Conflict, match="not prepared for page faults"):
             await client.adjust(migration, Adjustment(switch_to_post_copy=True))
-    await _hurry(farm, migration)
+    await farm.hurry(migration)
     record = await farm.ended(migration)
     assert record.outcome is Outcome.COMPLETED, record.error
     assert record.report.paging is None

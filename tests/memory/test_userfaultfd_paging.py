@@ -14,7 +14,6 @@ import pytest
 from tests.memory.processes import needs_tracking
 from tests.migration.paging.guest import Guest, content, guest_process, marked
 
-from transhume.memory.pagemap import Scanner
 from transhume.memory.userfaultfd import REGISTER_MISSING, REGISTER_WP, Userfaultfd, create_here
 from transhume.model.errors import KernelError, VmmError
 from transhume.model.vm import PAGE_BYTES
@@ -34,8 +33,8 @@ class Source:
         self.length_bytes = len(self.data)
 
 
-def fill(guest: Guest, first: int, source: Source, protect: bool = False) -> int:
-    return guest.uffd.copy(guest.address(0, first), source.address, source.length_bytes, protect)
+def fill(guest: Guest, first: int, source: Source) -> int:
+    return guest.uffd.copy(guest.address(0, first), source.address, source.length_bytes)
 
 
 @pytest.fixture
@@ -147,37 +146,6 @@ def test_the_end_of_watching_lets_everybody_go_on(guest: Guest) -> None:
     assert guest.saw(bytes(PAGE_BYTES))
     with pytest.raises(KernelError, match="refused to fill"):
         fill(guest, 14, Source(1))
-
-
-def test_pages_copied_with_protection_are_clean_until_they_are_written() -> None:
-    with guest_process([PAGES]) as guest:
-        guest.uffd.register(guest.address(0, 0), PAGES * PAGE_BYTES, REGISTER_MISSING | REGISTER_WP)
-        guest.uffd.write_protect(guest.address(0, 0), PAGES * PAGE_BYTES)
-        scanner = Scanner(guest.child.pid)
-        try:
-
-            def dirty() -> list[list[int]]:
-                found: list[list[int]] = scanner.get_and_clear(
-                    guest.address(0, 0), PAGES * PAGE_BYTES
-                ).tolist()
-                return found
-
-            assert dirty() == []
-            assert fill(guest, 4, Source(1, 2, 3), protect=True) == 3 * PAGE_BYTES
-            assert dirty() == []
-            assert fill(guest, 10, Source(1, 2)) == 2 * PAGE_BYTES
-            assert dirty() == [[10, 2]]
-            guest.write_later(0, 5)
-            assert guest.wrote()
-            assert dirty() == [[5, 1]]
-            assert guest.in_memory(0, 5) == marked(content(0, 2))
-            guest.write_later(0, 20)  # missing, and written as soon as it is there
-            guest.until_it_waits()
-            fill(guest, 20, Source(6), protect=True)
-            assert guest.wrote()
-            assert dirty() == [[20, 1]]
-        finally:
-            scanner.close()
 
 
 def test_watching_again_for_more_keeps_what_was_placed(guest: Guest) -> None:

@@ -319,6 +319,12 @@ def test_so_many_passes_as_were_asked_for_and_then_the_rest(rest: Rest) -> None:
     assert decision.rest is rest
 
 
+def test_a_stall_does_not_cut_the_passes_that_were_asked_for() -> None:
+    done = passes(4096, *[2000] * (STALL_PASSES + 3))
+    assert verdict(done).choice is Choice.SWITCH
+    assert verdict(done, precopy(iterations=20)).choice is Choice.CONTINUE
+
+
 def test_hybrid_makes_one_pass() -> None:
     decision = verdict(passes(4096, 4000), MigrationOptions(mode=Mode.HYBRID))
     assert (decision.choice, decision.rest) == (Choice.SWITCH, Rest.BOTH)

@@ -67,7 +67,8 @@ def migrate(
         Mode, typer.Option("--mode", help="The order of memory and switchover; auto lets the engine choose.")
     ] = _DEFAULTS.mode,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", metavar="N", help="Make exactly N pre-copy passes.")
+        int | None,
+        typer.Option("--iterations", metavar="N", help="Make N pre-copy passes, whatever is left then."),
     ] = None,
     rest: Annotated[
         Rest | None,
@@ -199,23 +200,23 @@ def migration(
 ) -> None:
     """Show the report of one migration, or change one that is under way."""
     current = session(context, as_json)
-    limits = Adjustment(
-        bandwidth_bytes_s=None
-        if bandwidth is None
-        else (parse_rate_bytes_s(bandwidth) if bandwidth != "0" else 0),
-        max_downtime_ms=None if max_downtime is None else parse_time_ms(max_downtime),
-        deadline_s=None if deadline is None else parse_time_s(deadline),
-        switch_to_post_copy=action is Action.SWITCH,
-    )
-    given = limits != Adjustment(switch_to_post_copy=action is Action.SWITCH)
-    if given != (action is Action.SET):
+    limits = {
+        "bandwidth_bytes_s": 0 if bandwidth == "0" else bandwidth and parse_rate_bytes_s(bandwidth),
+        "max_downtime_ms": max_downtime and parse_time_ms(max_downtime),
+        "deadline_s": deadline and parse_time_s(deadline),
+    }
+    if any(limit is not None for limit in limits.values()) != (action is Action.SET):
         raise Refused(
             f"`transhume migration {identity} set` needs --bandwidth, --max-downtime or --deadline"
             if action is Action.SET
             else f"limits are changed with `transhume migration {identity} set`"
         )
     if action is not Action.SHOW:
-        current.call(lambda client: client.adjust(identity, limits))
+        try:
+            adjustment = Adjustment.model_validate(limits | {"switch_to_post_copy": action is Action.SWITCH})
+        except ValidationError as error:
+            raise Refused(f"migration {identity} cannot be changed like this: {words_of(error)}") from error
+        current.call(lambda client: client.adjust(identity, adjustment))
         if not current.as_json:
             say(
                 "done"

@@ -19,6 +19,7 @@ import fcntl
 import os
 import select
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transhume.memory.inject import inject_syscall
@@ -53,10 +54,10 @@ _WRITEPROTECT = 0xC018AA06
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
-_COPY_MODE_WP = 2
 _EVENT_PAGEFAULT = 0x12
 _MESSAGE = struct.Struct("<B7xQQI4x")
 _MAX_MESSAGES = 64
+_COUNT = struct.Struct("q")
 _API_VERSION = 0xAA
 _PROTECT_STEP_BYTES = 1 << 30
 
@@ -140,50 +141,45 @@ class Userfaultfd:
             if event == _EVENT_PAGEFAULT
         ]
 
-    def copy(self, address: int, source_address: int, length_bytes: int, protect: bool = False) -> int:
+    def copy(self, address: int, source_address: int, length_bytes: int) -> int:
         """Place pages atomically and wake who waits for them; pages that are there already stay as they are.
 
-        `source_address` is in this process. With `protect` the new pages count as clean for the next scan.
-        Returns how many bytes were new. Raises as every call here; what was placed until then stays.
+        `source_address` is in this process. Returns how many bytes were new. Raises as every call here; what
+        was placed until then stays.
         """
-        mode = _COPY_MODE_WP if protect else 0
+
+        def argument(done: int) -> bytes:
+            return struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, 0, 0)
+
+        return self._fill(_COPY, argument, address, length_bytes)
+
+    def zero_fill(self, address: int, length_bytes: int) -> int:
+        """As `copy`, with zeros."""
+        return self._fill(
+            _ZEROPAGE,
+            lambda done: struct.pack("QQQq", address + done, length_bytes - done, 0, 0),
+            address,
+            length_bytes,
+        )
+
+    def _fill(
+        self, request: int, argument_from: Callable[[int], bytes], address: int, length_bytes: int
+    ) -> int:
+        """Both requests end with the kernel's count of what it did, and stop at a page that is there."""
         done = new = 0
         while done < length_bytes:
-            argument = bytearray(
-                struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, mode, 0)
-            )
+            argument = bytearray(argument_from(done))
             try:
-                fcntl.ioctl(self.fd, _COPY, argument)
+                fcntl.ioctl(self.fd, request, argument)
                 return new + length_bytes - done
             except OSError as error:
-                step = struct.unpack_from("q", argument, 32)[0]
                 if error.errno == errno.EEXIST:
                     # Somebody may wait although the page is there: it was placed between fault and message.
                     self.wake(address + done, PAGE_BYTES)
                     done += PAGE_BYTES
                 elif error.errno == errno.EAGAIN:
-                    placed = max(0, step)  # negative: the address space was just changing, call again
-                    done += placed
-                    new += placed
-                else:
-                    raise self._cannot_fill(address + done, length_bytes - done, error) from None
-        return new
-
-    def zero_fill(self, address: int, length_bytes: int) -> int:
-        """As `copy`, with zeros. Returns how many bytes were new."""
-        done = new = 0
-        while done < length_bytes:
-            argument = bytearray(struct.pack("QQQq", address + done, length_bytes - done, 0, 0))
-            try:
-                fcntl.ioctl(self.fd, _ZEROPAGE, argument)
-                return new + length_bytes - done
-            except OSError as error:
-                step = struct.unpack_from("q", argument, 24)[0]
-                if error.errno == errno.EEXIST:
-                    self.wake(address + done, PAGE_BYTES)
-                    done += PAGE_BYTES
-                elif error.errno == errno.EAGAIN:
-                    placed = max(0, step)
+                    # Negative when the address space was just changing: call again.
+                    placed = max(0, _COUNT.unpack_from(argument, len(argument) - _COUNT.size)[0])
                     done += placed
                     new += placed
                 else:

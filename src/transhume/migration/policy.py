@@ -127,8 +127,8 @@ def decide(
     4. when it makes no progress any more: at a local minimum of the dirty set, or after a bounded number of
        further passes, or at `max_iterations`. With `on_deadline` ABORT the limit is a hard promise,
        and a stall waits for the deadline instead;
-    5. after `options.iterations` passes, whatever is left (the patent's push once is 1); in mode HYBRID after
-       one, when neither iterations nor a threshold are given.
+    5. after `options.iterations` passes, whatever is left (the patent's push once is 1): then a small rest or
+       a stall ends it no sooner; in mode HYBRID after one, when neither iterations nor a threshold are given.
 
     In mode AUTO, where post-copy is allowed, the rest is left for after the resume as soon as the memory is
     written faster than the link carries it, at a stall and at the deadline: the promise about the downtime is
@@ -177,7 +177,7 @@ def decide(
         if options.on_deadline is OnDeadline.ABORT:
             return decision(Choice.ABORT, "the deadline passed before the migration converged")
         return decision(Choice.SWITCH, "the deadline passed")
-    if stalled and options.on_deadline is OnDeadline.SWITCH:
+    if stalled and options.iterations is None and options.on_deadline is OnDeadline.SWITCH:
         if at_local_minimum(passes) and stalled_passes >= STALL_PASSES:
             return decision(Choice.SWITCH, "no progress any more: at a local minimum of the dirty set")
         if stalled_passes >= STALL_PASSES + LOCAL_MINIMUM_PATIENCE_PASSES:

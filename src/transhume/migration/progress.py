@@ -29,7 +29,7 @@ class ProgressTracker:
     def __init__(self, migration: str, vm: str, options: MigrationOptions, now_s: float) -> None:
         self._migration = migration
         self._vm = vm
-        self._options = options
+        self.options = options
         self._started_s = now_s
         self._fraction = 0.0
         self._iteration = 0
@@ -160,8 +160,8 @@ class ProgressTracker:
             if decision.dirty_rate_bytes_s > decision.rate_bytes_s
             else "no progress: each pass leaves about as many dirty pages as the one before"
         )
-        deadline_s = self._started_s + self._options.deadline_s
-        if self._options.on_deadline is OnDeadline.ABORT:
+        deadline_s = self._started_s + self.options.deadline_s
+        if self.options.on_deadline is OnDeadline.ABORT:
             return f"{rates}: will give up at {clock_of(deadline_s)} unless it calms down"
         rest_s = decision.remaining_pages * PAGE_BYTES / max(decision.rate_bytes_s, 1.0)
         switch_s = min(deadline_s, now_s + STALL_PASSES * rest_s)

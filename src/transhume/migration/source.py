@@ -133,6 +133,20 @@ _UNDECIDED: dict[type[Event], Rule[StrEnum]] = {
 """While the destination may commit: only the register decides."""
 
 
+_AFTER_COMMIT = ignored(
+    ev.CancelRequested,
+    ev.QemuDied,
+    ev.PeerCommitted,
+    ev.SwapWon,
+    ev.SwapLost,
+    ev.SwapUnknown,
+    ev.SwapRefused,
+    ev.PeerFailed,
+    ev.StateSent,
+)
+"""Once the destination owns the VM nothing of this brings it back."""
+
+
 class SourceMachine(Machine[SourceState]):
     """One migration, seen from the host that runs the VM at its begin."""
 
@@ -224,19 +238,8 @@ class SourceMachine(Machine[SourceState]):
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.LinkLost: Rule("_retire", (S.RECONNECTING, S.RETIRING)),
             ev.Tick: Rule("_tick_committed", (S.RECONNECTING, S.RETIRING)),
-            **ignored(
-                ev.PeerHeard,
-                ev.CancelRequested,
-                ev.CommandFailed,
-                ev.QemuDied,
-                ev.PeerCommitted,
-                ev.SwapWon,
-                ev.SwapLost,
-                ev.SwapUnknown,
-                ev.SwapRefused,
-                ev.PeerFailed,
-                ev.StateSent,
-            ),
+            **_AFTER_COMMIT,
+            **ignored(ev.PeerHeard, ev.CommandFailed),
         },
         S.PAGING: {
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
@@ -246,18 +249,8 @@ class SourceMachine(Machine[SourceState]):
             ev.PeerRunning: Rule("_late_running", ()),
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.Tick: Rule("_tick_paging", (S.RECONNECTING,)),
-            **ignored(
-                ev.CancelRequested,
-                ev.QemuDied,
-                ev.PeerCommitted,
-                ev.SwapWon,
-                ev.SwapLost,
-                ev.SwapUnknown,
-                ev.SwapRefused,
-                ev.PeerFailed,
-                ev.StateSent,
-                ev.MigrationKnown,
-            ),
+            **_AFTER_COMMIT,
+            **ignored(ev.MigrationKnown),
         },
         S.RECONNECTING: {
             ev.Reconnected: Rule("_reconnected", (S.PAGING, S.RETIRING)),
@@ -266,42 +259,15 @@ class SourceMachine(Machine[SourceState]):
             ev.Tick: Rule("_tick_reconnecting", ()),
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
             ev.OptionsChanged: Rule("_options_changed", ()),
-            **ignored(
-                ev.LinkLost,
-                ev.PeerHeard,
-                ev.CancelRequested,
-                ev.QemuDied,
-                ev.PeerCommitted,
-                ev.PeerRunning,
-                ev.SwapWon,
-                ev.SwapLost,
-                ev.SwapUnknown,
-                ev.SwapRefused,
-                ev.PeerFailed,
-                ev.StateSent,
-            ),
+            **_AFTER_COMMIT,
+            **ignored(ev.LinkLost, ev.PeerHeard, ev.PeerRunning),
         },
         S.RETIRING: {
             ev.VmRetired: Rule("_retired", (S.DONE,)),
             ev.CommandFailed: Rule("_retire_failed", (S.DONE,)),
             ev.PeerRunning: Rule("_late_running", ()),
-            **ignored(
-                ev.Tick,
-                ev.LinkLost,
-                ev.PeerHeard,
-                ev.CancelRequested,
-                ev.QemuDied,
-                ev.PeerCommitted,
-                ev.SwapWon,
-                ev.SwapLost,
-                ev.SwapUnknown,
-                ev.SwapRefused,
-                ev.PeerFailed,
-                ev.StateSent,
-                ev.PeerPaged,
-                ev.Reconnected,
-                ev.MigrationKnown,
-            ),
+            **_AFTER_COMMIT,
+            **ignored(ev.Tick, ev.LinkLost, ev.PeerHeard, ev.PeerPaged, ev.Reconnected, ev.MigrationKnown),
         },
         S.DONE: {},
         S.ABORTED: {},

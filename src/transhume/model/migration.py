@@ -6,6 +6,9 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+LEAST_BANDWIDTH_BYTES_S = 64 << 10
+"""A migration that is paced further down hardly moves."""
+
 
 class Engine(StrEnum):
     """Who moves the memory: this project's engine, or QEMU's own."""
@@ -99,7 +102,7 @@ class MigrationOptions(BaseModel):
     max_downtime_ms: float = Field(default=50.0, gt=0)
     deadline_s: float = Field(default=600.0, gt=0)
     on_deadline: OnDeadline = OnDeadline.SWITCH
-    bandwidth_bytes_s: int | None = Field(default=None, ge=65536)
+    bandwidth_bytes_s: int | None = Field(default=None, ge=LEAST_BANDWIDTH_BYTES_S)
     threshold_pages: int | None = Field(default=None, ge=0)
     threshold_fraction: float | None = Field(default=None, ge=0, le=1)
     max_iterations: int = Field(default=60, ge=1)
@@ -216,7 +219,6 @@ class PagingReport(BaseModel):
     sent_twice_bytes: int = 0
     link_losses: int = 0
     link_lost_ms: float = 0.0
-    written_pages: int = 0
 
 
 class MigrationReport(BaseModel):

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from transhume.model.migration import Migration, MigrationReport, Outcome, Phase, Progress
+from transhume.model.migration import (
+    LEAST_BANDWIDTH_BYTES_S,
+    Migration,
+    MigrationReport,
+    Outcome,
+    Phase,
+    Progress,
+)
 from transhume.model.vm import RamBlock, VmSpec, VmState
 
 
@@ -115,7 +124,7 @@ class Adjustment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bandwidth_bytes_s: int | None = Field(default=None, ge=0)
+    bandwidth_bytes_s: Literal[0] | Annotated[int, Field(ge=LEAST_BANDWIDTH_BYTES_S)] | None = None
     max_downtime_ms: float | None = Field(default=None, gt=0)
     deadline_s: float | None = Field(default=None, gt=0)
     switch_to_post_copy: bool = False

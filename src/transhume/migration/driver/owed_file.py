@@ -25,11 +25,14 @@ class OwedFile:
         self._listening = folder / "listening.json"
 
     def write(self, owed: Sequence[Runs]) -> None:
-        """Note the owed pages of each block, whole or not at all. Raises `OSError` without room."""
+        """Note the owed pages of each block, whole or not at all. Raises `VmmError` without room."""
         draft = self._owed.with_suffix(".draft")
-        with draft.open("wb") as file:
-            np.savez(file, *owed)
-        draft.rename(self._owed)
+        try:
+            with draft.open("wb") as file:
+                np.savez(file, *owed)
+            draft.rename(self._owed)
+        except OSError as error:
+            raise VmmError(f"what is owed cannot be noted in {self._owed}: {error.strerror}") from error
 
     def read(self) -> list[Runs] | None:
         """What was noted; None when nothing is owed.

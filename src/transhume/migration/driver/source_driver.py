@@ -30,12 +30,11 @@ from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, clock_of, end
 from transhume.migration.driver.owed_file import OwedFile
 from transhume.migration.machine import Command, Event
-from transhume.migration.paging.push import PushOrder
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
 from transhume.migration.transfer.channel import FrameChannel
-from transhume.migration.transfer.fault_server import serve_faults
+from transhume.migration.transfer.owed_pages import OwedPages
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.sender import PageSender, SentPages
 from transhume.model.errors import (
@@ -49,7 +48,7 @@ from transhume.model.errors import (
 )
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate
-from transhume.model.vm import PAGE_BYTES, Accel, Display
+from transhume.model.vm import Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.log import last_words
 from transhume.vmm.migrate_command import end_abandoned
@@ -69,13 +68,6 @@ REGISTER_RETRY_S = 0.5
 
 STALLED_PAUSE_S = 0.05
 """A migration that waits for the guest to calm down does not spin meanwhile."""
-
-PUSH_PAGES = 128
-"""The background push goes in steps of 512 KiB: after each it looks whether a fault has pointed elsewhere."""
-
-LEAST_QUEUE_BYTES = 128 << 10
-FIT_QUEUE_S = 0.2
-"""While pages are pushed the socket's queue is kept short, fitted so often: faults share the path."""
 
 LAST_WORDS_S = 0.3
 STUCK_S = 1.0
@@ -138,12 +130,10 @@ class SourceDriver(Driver[SourceState]):
         self._ram: GuestRam | None = None
         self._fault_channel: FrameChannel | None = None
         self._fault_server: threading.Thread | None = None
-        self._push_order: PushOrder | None = None
-        self._probe: DirtyProbe | None = None
+        self._owed = OwedPages()
         self._latest: list[Runs] = []
         self._streamed: tuple[bytes, int, str] | None = None
         self._missing: list[Runs] = []
-        self._paged_wire_bytes = 0
         self._resumed_there = asyncio.Event()
 
     # --- the frame's questions -------------------------------------------------------------------
@@ -189,9 +179,10 @@ class SourceDriver(Driver[SourceState]):
         now_s = time.monotonic()
         machine = self._source
         report = machine.report(now_s)
-        if self._push_order is not None:
-            self._progress.paging(self._push_order.left_pages, machine.state is SourceState.RECONNECTING)
-            wire_bytes = report.wire_bytes + self._paged_wire_bytes
+        left_pages = self._owed.left_pages
+        if left_pages is not None:
+            self._progress.paging(left_pages, machine.state is SourceState.RECONNECTING)
+            wire_bytes = report.wire_bytes + self._owed.wire_bytes
             report = report.model_copy(update={"wire_bytes": wire_bytes})
         return MigrationUpdate(
             migration=self.migration.id,
@@ -230,6 +221,7 @@ class SourceDriver(Driver[SourceState]):
         if changes:
             self._options = MigrationOptions.model_validate(self._options.model_dump() | changes)
             self._pace.rate_bytes_s = self._options.bandwidth_bytes_s
+            self._progress.options = self._options
             self.post(ev.OptionsChanged(self._options))
         if adjustment.switch_to_post_copy:
             self.post(ev.SwitchRequested())
@@ -316,10 +308,8 @@ class SourceDriver(Driver[SourceState]):
 
     async def _open_fault_connection(self) -> None:
         """Faults travel on a connection of their own, made before the VM depends on it."""
-        assert self._process is not None
-        if self._ram is None:
-            self._ram = GuestRam.of_process(self._process.pid)
         channel = await asyncio.to_thread(self._open_channel, wire.Role.FAULT)
+        assert self._ram is not None
         self._fault_channel = channel
         self._fault_server = threading.Thread(
             target=self._serve_faults, args=(channel, self._ram), name="fault server", daemon=True
@@ -329,7 +319,7 @@ class SourceDriver(Driver[SourceState]):
     def _serve_faults(self, channel: FrameChannel, ram: GuestRam) -> None:
         put_this_thread_first()
         try:
-            serve_faults(channel, ram, self._fault_answered, self._faults_answered)
+            self._owed.answer_faults(channel, ram)
         except (HostLost, PeerProtocolError) as error:
             self._loop.call_soon_threadsafe(self._lose_fault_connection, channel, error)
         except OSError as error:
@@ -346,17 +336,6 @@ class SourceDriver(Driver[SourceState]):
                 self._lose_link(error)
 
         self._loop.call_later(LAST_WORDS_S, lose)
-
-    def _fault_answered(self, block_index: int, page: int) -> None:
-        self._paged_wire_bytes += PAGE_BYTES
-        if self._push_order is not None:
-            self._push_order.sent_page(block_index, page, time.monotonic())
-
-    def _faults_answered(self, block_index: int, runs: Runs) -> None:
-        if self._push_order is not None:
-            self._push_order.sent(block_index, runs)
-            self._paged_wire_bytes += page_runs.page_count(runs) * PAGE_BYTES
-            self._push_order.fault(block_index, int(runs[-1].sum()))
 
     async def _close_connections(self) -> None:
         """End both connections and wait for their threads. The data thread must be idle or ending."""
@@ -408,22 +387,19 @@ class SourceDriver(Driver[SourceState]):
             await asyncio.sleep(STALLED_PAUSE_S)
         runs = tracked.ram.populated_runs() if command.index == 0 else self._left
         self._interrupt.clear()
-        self._probe = None
+        probe = None
         if command.index == 0 and self._options.mode is Mode.AUTO and self._options.may_page:
-            self._probe = DirtyProbe(tracked.tracker, time.monotonic())
+            probe = DirtyProbe(tracked.tracker, time.monotonic())
         self._progress.pass_started(command.index, _count(runs))
         began_s = time.monotonic()
-        sent, unsent = await self._in_data_thread(self._send_runs, runs, True)
+        sent, unsent = await self._in_data_thread(self._send_runs, runs, True, probe)
         acknowledged = self._expect(wire.FrameType.PASS_ACK)
         await self._send(wire.PassEnd(iteration=command.index, pages=sent.pages, zero_pages=sent.zero_pages))
         await acknowledged
         duration_s = time.monotonic() - began_s
         dirty = await self._in_data_thread(tracked.tracker.collect)
-        written_bytes_s = None
-        if self._probe is not None:
-            found = self._probe.found or [page_runs.empty() for _ in dirty]
-            dirty = [page_runs.union(*pair) for pair in zip(dirty, found, strict=True)]
-            written_bytes_s = self._probe.written_bytes_s
+        if probe is not None and probe.found:
+            dirty = [page_runs.union(*pair) for pair in zip(dirty, probe.found, strict=True)]
         self._left = [page_runs.union(*pair) for pair in zip(dirty, unsent, strict=True)]
         self._latest = dirty
         result = ev.PassResult(
@@ -434,15 +410,20 @@ class SourceDriver(Driver[SourceState]):
             duration_s=duration_s,
             dirty_pages_after=_count(dirty),
             unsent_pages=_count(self._left) - _count(dirty),
-            written_bytes_s=written_bytes_s,
+            written_bytes_s=None if probe is None else probe.written_bytes_s,
         )
         return ev.PassEnded(result)
 
     async def _interrupt_pass(self, _: ev.InterruptPass) -> None:
         self._interrupt.set()
 
-    def _send_runs(self, runs: list[Runs], paced: bool) -> tuple[SentPages, list[Runs]]:
-        """In the data thread: send the runs of each block; what an interruption left comes back."""
+    def _send_runs(
+        self, runs: list[Runs], paced: bool, probe: DirtyProbe | None = None
+    ) -> tuple[SentPages, list[Runs]]:
+        """In the data thread: send the runs of each block; what an interruption left comes back.
+
+        A probe scans, and so clears marks: only a pass that adds what it found to its own may have one.
+        """
         assert self._channel is not None
         assert self._tracked is not None
         if self._sender is None:
@@ -456,7 +437,7 @@ class SourceDriver(Driver[SourceState]):
                 if paced and self._interrupt.is_set():
                     unsent[index] = _join(slices[number:])
                     break
-                if self._probe is not None and self._probe.take(time.monotonic(), sent.wire_bytes):
+                if probe is not None and probe.take(time.monotonic(), sent.wire_bytes):
                     self._interrupt.set()
                 newest = self._with_newest(index, piece) if paced else piece
                 sent += sender.send(index, newest, self._pace if paced else None)
@@ -567,7 +548,7 @@ class SourceDriver(Driver[SourceState]):
         if count:
             self._owed_file.write(owed)
             block_pages = self._channel.decoder.block_pages
-            self._push_order = PushOrder(block_pages, [dirty, self._latest, rest])
+            self._owed.owe(block_pages, [dirty, self._latest, rest])
             self._send_owed(owed)
         self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
         return count, sent
@@ -619,9 +600,8 @@ class SourceDriver(Driver[SourceState]):
         assert self._tracked is not None
         channel.send_state(rest)
         late = self._tracked.tracker.collect()
-        if _count(late) and self._push_order is not None:
-            # Already owed pages among them stay owed; the others are from here on.
-            self._push_order.add(late)
+        if _count(late) and self._owed.left_pages is not None:
+            self._owed.owe_more(late)
             self._send_owed(late)
             channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
         elif _count(late):
@@ -673,32 +653,16 @@ class SourceDriver(Driver[SourceState]):
             await self._resumed_there.wait()  # the first faults are worth more than any push
         if self._source.rest is Rest.ON_DEMAND:
             await asyncio.sleep(max(0.0, self._source.deadline_s - time.monotonic()))
-        await self._in_data_thread(self._push)
-
-    def _push(self) -> None:
         assert self._channel is not None
         assert self._ram is not None
-        order = self._push_order
-        assert order is not None
         sender = PageSender(self._channel, self._ram, self._stop, self._on_progress)
-        fitted_s = 0.0
-        while True:
-            while hold_s := order.hold_s(time.monotonic()):
-                if self._stop.wait(hold_s):
-                    return
-            if time.monotonic() - fitted_s > FIT_QUEUE_S:
-                fitted_s = time.monotonic()
-                self._channel.keep_queue_short(LEAST_QUEUE_BYTES)
-            piece = order.next(PUSH_PAGES)
-            if piece is None:
-                return
-            sent = sender.send(*piece, self._pace)
-            self._paged_wire_bytes += sent.wire_bytes
-            if not sent.complete:
-                return
+        await self._in_data_thread(self._owed.push, self._channel, sender, self._pace, self._stop)
 
     async def _reconnect(self, _: ev.Reconnect) -> Event:
         """Make both connections anew and learn what is missing there: only the destination knows."""
+        for channel_before in (self._channel, self._fault_channel):
+            if channel_before is not None:
+                channel_before.shutdown()  # a push that hangs on it ends
         await asyncio.wrap_future(self._data_thread.submit(lambda: None))  # the push has stopped
         await self._close_connections()
         self._stop.clear()
@@ -713,7 +677,7 @@ class SourceDriver(Driver[SourceState]):
         if message.pages == 0:
             self._owed_file.remove()
         await self._open_fault_connection()
-        self._push_order = PushOrder(channel.decoder.block_pages, [self._missing])
+        self._owed.owe(channel.decoder.block_pages, [self._missing])
         self._resumed_there.set()
         return ev.Reconnected(message.pages)
 

@@ -4,7 +4,7 @@ A page comes in answer to a fault, on the fault connection, or by itself, on the
 placed with UFFDIO_COPY, atomically, and never over a page that is there: the guest may have written it.
 A first touch of memory that the source never had is answered here, with zeros, and costs no traffic.
 
-Threads: `serve_faults` runs in a thread of its own, `place` and `place_zeros` in those of the connections;
+Threads: `serve_faults` runs in a thread of its own, `push` and `push_zeros` in that of the main connection;
 `attach` and `stop` may be called from anywhere. QEMU keeps a userfaultfd of its own open, so whatever happens
 to this process, a missing page is waited for and never read as zeros.
 """
@@ -81,8 +81,7 @@ class Pager:
     def arm(self, owed: Sequence[Runs]) -> None:
         """From its return on nobody reads or writes an owed page before it was placed.
 
-        Whatever an earlier pass brought of these pages is dropped. Only while the VM does not run. Harmless
-        when repeated with more pages.
+        Whatever an earlier pass brought of these pages is dropped. Only while the VM does not run, and once.
         """
         for index, (block, runs) in enumerate(zip(self._ram.blocks, owed, strict=True)):
             for first, count in runs.tolist():
@@ -169,20 +168,22 @@ class Pager:
         channel = self._channel
         if channel is None:
             return
-        self._forget_placed()
         try:
             if len(self._waiting) == 1:
                 self._fetch_one(channel, *next(iter(self._waiting)))
-                return
-            wanted = [key for key in self._waiting if self.missing.condition(*key) is Condition.MISSING]
-            for index in sorted({index for index, _ in wanted}):
-                pages = np.array(sorted(page for at, page in wanted if at == index), dtype=np.int64)
-                self._fetch(channel, index, page_runs.from_pages(pages))
+            else:
+                self._fetch_all(channel)
         except (HostLost, PeerProtocolError) as error:
             if self._channel is channel:
                 self.lose_link()
                 self._on_link_lost(error)
         self._forget_placed()
+
+    def _fetch_all(self, channel: FrameChannel) -> None:
+        wanted = [key for key in self._waiting if self.missing.condition(*key) is Condition.MISSING]
+        for index in sorted({index for index, _ in wanted}):
+            pages = np.array(sorted(page for at, page in wanted if at == index), dtype=np.int64)
+            self._fetch(channel, index, page_runs.from_pages(pages))
 
     def _fetch_one(self, channel: FrameChannel, index: int, page: int) -> None:
         """The usual case, and the one that counts: one vCPU waits for one page."""
@@ -198,7 +199,6 @@ class Pager:
             raise PeerProtocolError(f"{channel.peer} sent another page than the one that was due.")
         if not self.missing.claim_page(index, page):
             self._sent_twice_bytes += header.payload_bytes
-            self._forget_placed()
             return
         address = _address(self._ram.blocks[index], page)
         self._fetched_pages += 1
@@ -227,15 +227,13 @@ class Pager:
             if header.type is FrameType.PAGES:
                 self._receive(channel, index, came)
             else:
-                self.place_zeros(index, came, pushed=False)
+                self._place_zeros(index, came, pushed=False)
 
-    def _receive(self, channel: FrameChannel, index: int, runs: Runs) -> int:
-        placed = 0
+    def _receive(self, channel: FrameChannel, index: int, runs: Runs) -> None:
         for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
             pages = page_runs.page_count(batch)
             channel.receive_into(self._buffer_view[: pages * PAGE_BYTES])
-            placed += self._place(index, batch, self._buffer_address, pushed=False)
-        return placed
+            self._place(index, batch, self._buffer_address, pushed=False)
 
     def _forget_placed(self) -> None:
         """Whose page has come waits no more; note how long it took."""
@@ -254,7 +252,7 @@ class Pager:
 
     def push_zeros(self, block_index: int, runs: Runs) -> None:
         """Place zero pages that were named by themselves."""
-        self.place_zeros(block_index, runs, pushed=True)
+        self._place_zeros(block_index, runs, pushed=True)
 
     def _count(self, claimed: Runs, pushed: bool) -> int:
         """Before they are settled: with the last page the report is taken."""
@@ -265,8 +263,7 @@ class Pager:
             self._fetched_pages += pages
         return pages
 
-    def place_zeros(self, block_index: int, runs: Runs, pushed: bool) -> int:
-        """Place zero pages, which came by themselves or on demand; returns how many were missing."""
+    def _place_zeros(self, block_index: int, runs: Runs, pushed: bool) -> None:
         claimed = self.missing.claim(block_index, runs)
         self._count(claimed, pushed)
         block = self._ram.blocks[block_index]
@@ -275,13 +272,10 @@ class Pager:
             claimed,
             lambda first, count: self._uffd.zero_fill(_address(block, first), count * PAGE_BYTES),
         )
-        return page_runs.page_count(claimed)
 
-    def _place(self, block_index: int, runs: Runs, content_address: int, pushed: bool) -> int:
+    def _place(self, block_index: int, runs: Runs, content_address: int, pushed: bool) -> None:
         claimed = self.missing.claim(block_index, runs)
         self._sent_twice_bytes += (page_runs.page_count(runs) - self._count(claimed, pushed)) * PAGE_BYTES
-        if len(claimed) == 0:
-            return 0
         block = self._ram.blocks[block_index]
         # Neighbours in the guest are neighbours in the content: a claimed run lies in it in one piece.
         offsets = np.searchsorted(page_runs.pages_of(runs), claimed[:, 0])
@@ -293,7 +287,6 @@ class Pager:
             claimed,
             lambda first, count: self._uffd.copy(_address(block, first), source[first], count * PAGE_BYTES),
         )
-        return page_runs.page_count(claimed)
 
     def _carry_out(self, block_index: int, claimed: Runs, place: Callable[[int, int], int]) -> None:
         """Place claimed runs, one after the other."""
