@@ -74,7 +74,8 @@ def test_only_a_completed_move_without_wrong_pages_went_well() -> None:
 
 def test_the_table_shows_every_record_within_80_columns() -> None:
     console = Console(file=io.StringIO(), width=80)
-    console.print(table_of([RECORD, replace(RECORD, engine="transhume", corrupt_pages=7)]))
+    longest = replace(RECORD, engine="transhume", mode="pre-copy/after-state", corrupt_pages=7)
+    console.print(table_of([RECORD, longest]))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     for word in ("qemu", "transhume", "beta", "pre-copy", "2.35", "12.3", "15.6", "300", " 7"):

@@ -75,7 +75,7 @@ def table_of(records: Sequence[DemoRecord]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("engine", "mode", "now on"):
         table.add_column(name, no_wrap=True)
-    for measure in ("total\ns", "downtime\nms", "guest gap\nms", "sent\nMB", "passes\n", "wrong\npages"):
+    for measure in ("total\ns", "downtime\nms", "gap\nms", "sent\nMB", "passes\n", "wrong\npages"):
         table.add_column(measure, justify="right", no_wrap=True)
     for record in records:
         table.add_row(
