@@ -19,6 +19,7 @@ from typing import ClassVar
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event, Machine, Rule, ignored
+from transhume.model.errors import PagesLost
 from transhume.model.migration import Migration, Outcome, Phase
 
 ASK_AGAIN_S = 2.0
@@ -437,7 +438,7 @@ class DestinationMachine(Machine[DestinationState]):
         """The source may have told the controller that it has lost what it owed."""
         if not event.pages_lost:
             return ()
-        return self._lose_pages("pages-lost", "has lost them")
+        return self._lose_pages(PagesLost.code, "has lost them")
 
     def _lose_pages(self, code: str, what: str) -> Sequence[Command]:
         self._fail(
