@@ -16,7 +16,7 @@ from tests.cli.command import finish, start, transhume
 from transhume.cli.session import demand_root
 from transhume.model.errors import Refused, VmmError
 from transhume.model.migration import DowntimeReport, Migration, MigrationReport, Outcome, Phase, Progress
-from transhume.model.orders import CancelReply, DestinationFacts, MigrationUpdate
+from transhume.model.orders import Adjustment, CancelReply, DestinationFacts, MigrationUpdate
 from transhume.model.vm import Ownership
 
 
@@ -51,7 +51,13 @@ async def test_what_cannot_be_is_refused_in_one_line() -> None:
             (("vm", "create", "web", "--memory", "1G", "--disk", "/a,format=vmdk"), "format=vmdk"),
             (("vm", "show", "../../etc"), "'../../etc' is not a name"),
             (("migrate", "web", "--max-downtime", "0"), "max_downtime_ms:"),
+            (("migrate", "web", "--mode", "hybrid", "--no-post-copy"), "post-copy is forbidden"),
             (("migration", "m0"), "no migration m0"),
+            (("migration", "m0", "set"), "needs --bandwidth, --max-downtime or --deadline"),
+            (("migration", "m0", "--deadline", "5m"), "with `transhume migration m0 set`"),
+            (("migration", "m0", "set", "--bandwidth", "1K"), "bandwidth_bytes_s"),
+            (("migration", "m0", "set", "--max-downtime", "0"), "max_downtime_ms:"),
+            (("migration", "m0", "switch-to-post-copy"), "no migration and no VM m0"),
         ):
             done = await transhume(alpha, *words)
             assert done.code == 2, done
@@ -244,6 +250,29 @@ async def test_detach_and_cancel_by_the_vms_name() -> None:
         late = await transhume(d.beta_config.state_dir, "cancel", identity)
         assert late.code == 2
         assert "too late" in late.out
+
+
+async def test_a_migration_under_way_is_given_other_limits() -> None:
+    async with two_daemons() as d:
+        await d.running_vm("web")
+        alpha = d.alpha_config.state_dir
+        identity = (await transhume(alpha, "migrate", "web", "--detach", "--json")).json["migration"]["id"]
+        async with asyncio.timeout(30):
+            while identity not in d.alpha.begun:
+                await asyncio.sleep(0.01)
+        words = ("--bandwidth", "0", "--max-downtime", "30", "--deadline", "5m")
+        done = await transhume(d.beta_config.state_dir, "migration", identity, "set", *words)
+        assert (done.code, done.out) == (0, "done\n"), done.err
+        switched = await transhume(alpha, "migration", identity, "switch-to-post-copy", "--json")
+        assert switched.json["id"] == identity
+        assert d.alpha.adjustments == [
+            Adjustment(bandwidth_bytes_s=0, max_downtime_ms=30, deadline_s=300),
+            Adjustment(switch_to_post_copy=True),
+        ]
+        d.alpha.refuses_adjustments = "it is past its pre-copy"
+        refused = await transhume(alpha, "migration", identity, "switch-to-post-copy")
+        assert refused.code == 2
+        assert "it is past its pre-copy" in refused.err
 
 
 async def test_a_console_of_a_script() -> None:

@@ -190,11 +190,16 @@ def migration(
         Action, typer.Argument(metavar="[ACTION]", help="show, set, or switch-to-post-copy.")
     ] = Action.SHOW,
     bandwidth: Annotated[
-        str | None, typer.Option("--bandwidth", metavar="RATE", help="set: 500M, 4Gbit, 0 for no limit.")
+        str | None,
+        typer.Option(
+            "--bandwidth", metavar="RATE", help="With set: at most this rate, such as 500M; 0: no limit."
+        ),
     ] = None,
-    max_downtime: Annotated[str | None, typer.Option("--max-downtime", metavar="MS", help="set.")] = None,
+    max_downtime: Annotated[
+        str | None, typer.Option("--max-downtime", metavar="MS", help="With set: the downtime to keep.")
+    ] = None,
     deadline: Annotated[
-        str | None, typer.Option("--deadline", metavar="S", help="set; from the request on.")
+        str | None, typer.Option("--deadline", metavar="S", help="With set: counted from the request.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -100,10 +100,13 @@ def exit_code_of(error: TranshumeError) -> int:
 
 def words_of(error: ValidationError) -> str:
     """What is wrong with the values that somebody typed."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in fault['loc']) or 'value'}: {fault['msg']}"
-        for fault in error.errors()
-    )
+    words = []
+    for fault in error.errors():
+        # Our own validators' words come with a prefix of the library's.
+        said = fault["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in fault["loc"])
+        words.append(f"{where}: {said}" if where else said)
+    return "; ".join(words)
 
 
 def on_terminal() -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from transhume.model.migration import (
     LEAST_BANDWIDTH_BYTES_S,
@@ -124,10 +122,17 @@ class Adjustment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bandwidth_bytes_s: Literal[0] | Annotated[int, Field(ge=LEAST_BANDWIDTH_BYTES_S)] | None = None
+    bandwidth_bytes_s: int | None = Field(default=None, ge=0)
     max_downtime_ms: float | None = Field(default=None, gt=0)
     deadline_s: float | None = Field(default=None, gt=0)
     switch_to_post_copy: bool = False
+
+    @field_validator("bandwidth_bytes_s")
+    @classmethod
+    def _none_or_enough(cls, value: int | None) -> int | None:
+        if value is not None and 0 < value < LEAST_BANDWIDTH_BYTES_S:
+            raise ValueError(f"should be 0, for no limit, or at least {LEAST_BANDWIDTH_BYTES_S}")
+        return value
 
 
 class AdjustReply(BaseModel):
