@@ -104,8 +104,12 @@ class Daemon:
         failing = False
         while True:
             try:
-                await link.heartbeat(self._config.name, await service.inventory(), await service.vm_states())
+                reply = await link.heartbeat(
+                    self._config.name, await service.inventory(), await service.vm_states()
+                )
                 failing = False
+                for name in await service.end_disowned(reply.disowned):
+                    log.warning("VM %s belongs to another host by now: it was ended here", name)
             except TranshumeError as error:
                 if not failing:
                     log.warning("the controller did not take the heartbeat: %s", error.message)

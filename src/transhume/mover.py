@@ -86,6 +86,7 @@ async def _move(folder: MoverFolder) -> None:
         control.cancel = driver.cancel
         if isinstance(driver, SourceDriver):
             control.adjust = driver.adjust
+            control.revive = driver.revive
         await control.open()
         await driver.run()
     finally:

@@ -21,7 +21,7 @@ from transhume.migration.driver.job import MoverFolder, MoverJob, Role
 from transhume.model.errors import Conflict, HostLost, NotFound, TranshumeError, VmmError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration, Outcome, Phase
-from transhume.model.orders import MigrationUpdate, Prepared, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Prepared, SwapReply
 from transhume.model.vm import Accel, Ownership, VmSpec, VmState
 
 WAITING = Prepared.model_validate(PREPARED)
@@ -52,7 +52,9 @@ class Controller:
     async def migration(self, migration: str) -> Migration:
         raise NotImplementedError
 
-    async def heartbeat(self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]) -> None:
+    async def heartbeat(
+        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+    ) -> HeartbeatReply:
         raise NotImplementedError
 
 

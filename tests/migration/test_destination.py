@@ -9,6 +9,7 @@ from transhume.migration.destination import (
     ASK_AGAIN_S,
     FINISH_LIMIT_S,
     RESUME_ATTEMPTS,
+    REVOKED,
     SWAP_RETRY_S,
     DestinationMachine,
     DestinationState,
@@ -696,6 +697,15 @@ def test_a_source_that_has_lost_what_it_owed_is_not_waited_for(talk: Talk) -> No
     lost = ev.MigrationKnown(going_on=False, pages_lost=True)
     talk.tell(lost, ev.Publish(ended=True), then=D.DONE)
     assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "pages-lost")
+
+
+@conversation(after=(to_paging,))
+def test_a_vm_that_was_taken_back_is_ended_here(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    revoked = ev.MigrationKnown(going_on=False, failed=True, revoked=True)
+    talk.tell(revoked, ev.StopWork(), ev.DestroyVm(), then=D.DESTROYING)
+    talk.tell(ev.VmDestroyed(), ev.TellPeerFailed, ev.Publish(ended=True), then=D.ABORTED)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, REVOKED)
 
 
 @conversation(after=(to_owing_committing, to_owing_resuming, to_owing_revoking))

@@ -14,6 +14,7 @@ from transhume.migration.source import (
     FINISH_LIMIT_S,
     RECONNECT_S,
     RESUME_ATTEMPTS,
+    REVIVED,
     SWAP_RETRY_S,
     SourceMachine,
     SourceState,
@@ -878,7 +879,6 @@ def test_other_limits_count_from_now_on(talk: Talk) -> None:
 def test_nothing_takes_a_paging_vm_back(talk: Talk) -> None:
     talk.echoes(
         ev.CancelRequested(),
-        ev.QemuDied("killed"),
         ev.PeerCommitted(),
         ev.SwapWon(),
         LOST_TO_SOURCE,
@@ -886,6 +886,110 @@ def test_nothing_takes_a_paging_vm_back(talk: Talk) -> None:
         ev.SwapRefused("full"),
         PEER_FAILED,
         ev.StateSent(1),
+    )
+    talk.tell(ev.QemuDied("killed"))
+
+
+def to_search(talk: Talk) -> None:
+    """Between two searches for the destination."""
+    to_reconnecting(talk)
+    talk.tell(ev.CommandFailed("Reconnect", "host-lost", "no route"))
+
+
+def to_reviving(talk: Talk) -> None:
+    to_search(talk)
+    talk.tell(ev.ReviveRequested(), ev.SwapBack(), ev.Publish(), then=S.REVIVING)
+
+
+@conversation(after=(to_paging,))
+def test_a_vm_whose_destination_answers_is_not_taken_back(talk: Talk) -> None:
+    talk.echoes(ev.ReviveRequested())
+
+
+@conversation(after=(to_reviving,))
+def test_a_vm_is_taken_back_by_the_register_first(talk: Talk) -> None:
+    assert talk.machine.runs_at.startswith("unknown until the register answers")
+    talk.tell(ev.SwapWon(), ev.StopWork(), ev.ResumeVm(), then=S.RESUMING)
+    talk.tell(ev.VmResumed(), ev.Publish(ended=True), then=S.ABORTED)
+    assert talk.machine.outcome is Outcome.FAILED
+    assert talk.machine.error_code == REVIVED
+    assert talk.machine.runs_at == "source host north"
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_search_under_way_ends_before_a_vm_is_taken_back(talk: Talk) -> None:
+    talk.tell(ev.ReviveRequested())
+    talk.tell(
+        ev.CommandFailed("Reconnect", "host-lost", "no route"), ev.SwapBack(), ev.Publish(), then=S.REVIVING
+    )
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_destination_that_is_found_keeps_its_vm(talk: Talk) -> None:
+    talk.tell(ev.ReviveRequested())
+    talk.tell(ev.Reconnected(7), ev.StartPush(), ev.Publish(), then=S.PAGING)
+    talk.tell(
+        ev.LinkLost("host-lost", "reset"), ev.StopWork(), ev.Publish(), ev.Reconnect(), then=S.RECONNECTING
+    )
+    talk.tell(ev.CommandFailed("Reconnect", "host-lost", "no route"))  # the wish was dropped
+
+
+@conversation(after=(to_reviving,))
+def test_a_revival_whose_answer_was_lost_asks_again(talk: Talk) -> None:
+    talk.tell(ev.SwapUnknown("no answer"))
+    talk.wait(SWAP_RETRY_S + 0.1, ev.SwapBack())
+    talk.tell(ev.SwapLost("north", 9), ev.StopWork(), ev.ResumeVm(), then=S.RESUMING)
+
+
+@conversation(after=(to_reviving,))
+def test_a_register_without_room_is_asked_again(talk: Talk) -> None:
+    talk.tell(ev.SwapRefused("full"))
+    talk.wait(SWAP_RETRY_S + 0.1, ev.SwapBack())
+
+
+@conversation(after=(to_reviving,))
+def test_a_vm_that_the_register_gives_to_another_is_not_taken_back(talk: Talk) -> None:
+    talk.tell(ev.SwapLost("gamma", 9), ev.Publish(), then=S.RECONNECTING)
+    assert talk.machine.revival_refused
+
+
+@conversation(after=(to_reviving,))
+def test_a_vm_that_dies_while_it_is_taken_back_is_lost(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("killed"))
+    talk.tell(ev.SwapWon(), ev.StopWork(), ev.TellPeerAborted, ev.Publish(ended=True), then=S.ABORTED)
+    assert talk.machine.runs_at.startswith("nowhere")
+
+
+@conversation(after=(to_search,))
+def test_a_vm_without_qemu_is_not_taken_back(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("killed"))
+    talk.tell(ev.ReviveRequested())
+
+
+@conversation(after=(to_reviving,))
+def test_echoes_while_a_vm_is_taken_back(talk: Talk) -> None:
+    talk.echoes(
+        ev.CancelRequested(),
+        ev.ReviveRequested(),
+        ev.CommandFailed("Reconnect", "host-lost", "late"),
+        ev.LinkLost("host-lost", "late"),
+        ev.MigrationKnown(going_on=True),
+        ev.PeerHeard(),
+        PEER_RUNNING,
+        ev.PeerCommitted(),
+        PEER_FAILED,
+        ev.PeerPaged(PagingReport()),
+        ev.StateSent(1),
+    )
+    talk.tell(ev.OptionsChanged(MigrationOptions(deadline_s=5)))
+    talk.tell(ev.SwapWon(), ev.StopWork(), ev.ResumeVm(), then=S.RESUMING)
+    talk.echoes(ev.ReviveRequested(), ev.MigrationKnown(going_on=True))
+
+
+@conversation()
+def test_a_successor_goes_on_taking_a_vm_back(talk: Talk) -> None:
+    talk.tell(
+        ev.Recovered(state_may_be_sent=True, reviving=True), ev.SwapBack(), ev.Publish(), then=S.REVIVING
     )
 
 
@@ -903,7 +1007,7 @@ def test_echoes_while_the_destination_is_looked_for(talk: Talk) -> None:
 
 @conversation(after=(to_retiring,))
 def test_echoes_of_paging_while_the_vm_is_freed(talk: Talk) -> None:
-    talk.echoes(PAGED, ev.Reconnected(3), ev.MigrationKnown(going_on=False))
+    talk.echoes(PAGED, ev.Reconnected(3), ev.MigrationKnown(going_on=False), ev.ReviveRequested())
 
 
 # --- late echoes -------------------------------------------------------------------------------------

@@ -14,15 +14,17 @@ from transhume.api.problem import from_problem
 from transhume.api.schemas import LogText, Pong
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
+from transhume.farm.revival import Revival
 from transhume.model.errors import HostLost, PeerProtocolError
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome
-from transhume.model.orders import Adjustment, CancelReply
+from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm, VmSpec
 
 _HOSTS: TypeAdapter[list[HostStatus]] = TypeAdapter(list[HostStatus])
 _VMS: TypeAdapter[list[Vm]] = TypeAdapter(list[Vm])
 _MIGRATIONS: TypeAdapter[list[Migration]] = TypeAdapter(list[Migration])
 
+REVIVE_TIMEOUT_S = 90.0
 STREAM_SILENCE_S = 20.0
 """A stream beats every few seconds; one that is silent for so long has lost its other end."""
 
@@ -130,6 +132,19 @@ class FarmClient:
         not.
         """
         await self._calls.send("POST", f"/v1/migrations/{part(reference)}/adjust", adjustment, timeout_s=60.0)
+
+    async def revival(self, vm: str) -> Revival:
+        """What it would mean to take a VM back from a destination that is lost. Raises `Conflict` with the
+        reason when there is nothing to take back.
+        """
+        return await self._calls.ask("GET", f"/v1/vms/{part(vm)}/revival", Revival)
+
+    async def revive(self, vm: str, despite_disks: bool = False) -> ReviveReply:
+        """Take it back, as it was suspended. Raises `Conflict` with the reason when it was not."""
+        body = {"despite_disks": despite_disks}
+        return await self._calls.ask(
+            "POST", f"/v1/vms/{part(vm)}/revival", ReviveReply, body, timeout_s=REVIVE_TIMEOUT_S
+        )
 
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """Events until the one that ended it. `HostLost` when the stream breaks: go on with `after`."""

@@ -18,7 +18,7 @@ from transhume.host.config import HostConfig
 from transhume.model.errors import PeerProtocolError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
 from transhume.model.vm import Ownership, VmState
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -62,9 +62,13 @@ class ControllerClient:
     async def report(self, update: MigrationUpdate) -> None:
         await self._ask(self._reports, "POST", "/migrations/report", update.model_dump_json().encode())
 
-    async def heartbeat(self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]) -> None:
+    async def heartbeat(
+        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+    ) -> HeartbeatReply:
         body = {"inventory": inventory.model_dump(mode="json"), "vm_states": vm_states}
-        await self._ask(self._reports, "POST", f"/hosts/{host}/heartbeat", json.dumps(body).encode())
+        path = f"/hosts/{host}/heartbeat"
+        answer = await self._ask(self._reports, "POST", path, json.dumps(body).encode())
+        return _parse(HeartbeatReply, answer, self._peer)
 
     async def close(self) -> None:
         await self._register.close()

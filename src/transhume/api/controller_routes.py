@@ -11,7 +11,7 @@ from transhume.api.schemas import HeartbeatRequest, MigrationId, Name
 from transhume.farm.controller import Controller
 from transhume.model.errors import Unauthorized
 from transhume.model.migration import Migration
-from transhume.model.orders import MigrationUpdate
+from transhume.model.orders import HeartbeatReply, MigrationUpdate
 
 
 def caller(request: Request) -> str | None:
@@ -36,10 +36,10 @@ def controller_router(controller: Controller) -> APIRouter:
         _demand_own_word(who, update.host)
         await controller.report(update)
 
-    @router.post("/hosts/{host}/heartbeat", status_code=204)
-    async def heartbeat(host: Name, body: HeartbeatRequest, who: Caller) -> None:
+    @router.post("/hosts/{host}/heartbeat")
+    async def heartbeat(host: Name, body: HeartbeatRequest, who: Caller) -> HeartbeatReply:
         _demand_own_word(who, host)
-        await controller.heartbeat(host, body.inventory, body.vm_states)
+        return await controller.heartbeat(host, body.inventory, body.vm_states)
 
     return router
 

@@ -20,14 +20,16 @@ from transhume.api.schemas import (
     MigrateRequest,
     MigrationId,
     Name,
+    ReviveRequest,
     StopVmRequest,
 )
 from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
+from transhume.farm.revival import Revival
 from transhume.host.config import HostConfig
 from transhume.model.migration import DryRun, Migration
-from transhume.model.orders import Adjustment, CancelReply
+from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm
 
 STREAM_BEAT_S = 5.0
@@ -41,6 +43,7 @@ def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
     _add_vm_routes(router, config, controller)
     _add_vm_io_routes(router, controller)
     _add_migration_routes(router, controller)
+    _add_revival_routes(router, controller)
     return router
 
 
@@ -149,6 +152,19 @@ def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
     async def cancel(reference: MigrationId) -> CancelReply:
         """`reference` is a migration's id or the name of its VM."""
         return await migrations.cancel(reference)
+
+
+def _add_revival_routes(router: APIRouter, controller: Controller) -> None:
+    @router.get("/vms/{name}/revival")
+    async def offer_revival(name: Name) -> Revival:
+        """What it would mean to take a VM back from a destination that is lost."""
+        return await controller.revivals.offer(name, await controller.migrations.of_vm(name))
+
+    @router.post("/vms/{name}/revival")
+    async def revive(name: Name, body: ReviveRequest) -> ReviveReply:
+        """Take it back, as it was suspended."""
+        record = await controller.migrations.of_vm(name)
+        return await controller.revivals.carry_out(name, record, body.despite_disks)
 
 
 async def _lines(events: AsyncIterator[MigrationEvent]) -> AsyncIterator[bytes]:

@@ -21,12 +21,14 @@ from transhume.model.orders import (
     DirtySample,
     Prepared,
     PrepareOrder,
+    ReviveReply,
     SourceFacts,
 )
 from transhume.model.vm import VmSpec, VmState
 
 _VM_STATES: TypeAdapter[dict[str, VmState]] = TypeAdapter(dict[str, VmState])
 
+REVIVE_TIMEOUT_S = 75.0
 START_TIMEOUT_S = 60.0
 """For what starts a QEMU."""
 
@@ -102,6 +104,11 @@ class HostClient:
 
     async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
         return await self._calls.ask("POST", f"/migrations/{migration}/adjust", AdjustReply, adjustment)
+
+    async def revive(self, migration: str) -> ReviveReply:
+        return await self._calls.ask(
+            "POST", f"/migrations/{migration}/revive", ReviveReply, timeout_s=REVIVE_TIMEOUT_S
+        )
 
     async def abandon(self, migration: str) -> None:
         await self._calls.send("POST", f"/migrations/{migration}/abandon")

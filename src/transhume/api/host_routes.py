@@ -28,6 +28,7 @@ from transhume.model.orders import (
     DirtySample,
     Prepared,
     PrepareOrder,
+    ReviveReply,
     SourceFacts,
 )
 from transhume.model.vm import VmSpec, VmState
@@ -116,6 +117,10 @@ def _add_migration_routes(router: APIRouter, host: HostLink) -> None:
     @router.post("/migrations/{migration}/adjust")
     async def adjust(migration: MigrationId, adjustment: Adjustment) -> AdjustReply:
         return await host.adjust(migration, adjustment)
+
+    @router.post("/migrations/{migration}/revive")
+    async def revive(migration: MigrationId) -> ReviveReply:
+        return await host.revive(migration)
 
     @router.post("/migrations/{migration}/abandon", status_code=204)
     async def abandon(migration: MigrationId) -> None:

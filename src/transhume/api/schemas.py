@@ -53,6 +53,12 @@ class MigrateRequest(Body):
     options: MigrationOptions = MigrationOptions()
 
 
+class ReviveRequest(Body):
+    """`despite_disks`: even though the VM went on writing its disks."""
+
+    despite_disks: bool = False
+
+
 class SwapRequest(Body):
     expected: Ownership
     wanted: Ownership

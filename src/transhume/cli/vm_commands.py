@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ import typer
 from pydantic import ValidationError
 
 from transhume.cli.quantities import parse_size_bytes, parse_time_s
-from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
+from transhume.cli.session import JsonFlag, Session, plain, say, say_json, session, words_of
 from transhume.cli.tables import show, vm_details, vms_table
+from transhume.farm.revival import Revival
 from transhume.model.errors import Refused
 from transhume.model.vm import Accel, Disk, Display, Vm, VmSpec
 
@@ -102,6 +104,52 @@ def kill(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) 
     current = session(context, as_json)
     vm = current.call(lambda client: client.kill_vm(name))
     _tell(current, vm, f"VM {name} was ended")
+
+
+@app.command("revive")
+def revive(
+    context: typer.Context,
+    name: NameArgument,
+    from_switchover: Annotated[
+        bool, typer.Option("--from-switchover", help="As it was when it was suspended for its migration.")
+    ] = False,
+    with_changed_disks: Annotated[
+        bool, typer.Option("--with-changed-disks", help="Even though it went on writing its disks.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="The lost host is switched off; do not ask again.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take a VM back from a destination host that was lost before all of its memory was there.
+
+    Exit code: 0 it runs at its source again, 2 refused or not confirmed (nothing changed).
+    """
+    if not from_switchover:
+        raise Refused(
+            "a VM can be revived as it was at the switchover and in no other way: say --from-switchover"
+        )
+    current = session(context, as_json)
+    offer = current.call(lambda client: client.revival(name))
+    if not yes:
+        _confirm(offer)
+    reply = current.call(lambda client: client.revive(name, with_changed_disks))
+    if current.as_json:
+        say_json({"offer": plain(offer), "reply": plain(reply)})
+    else:
+        say(f"VM {name} runs on {reply.runs_at} again, as it was suspended")
+
+
+def _confirm(offer: Revival) -> None:
+    """Show what would be lost, and have the VM's name typed. Raises `Refused` without it."""
+    for warning in offer.warnings:
+        typer.echo(f"! {warning}", err=True)
+    if not sys.stdin.isatty():
+        raise Refused(
+            f"nothing was changed: confirm on a terminal, or with --yes, that VM {offer.vm} goes back"
+        )
+    if typer.prompt(f"Type {offer.vm} to take it back to {offer.source}", err=True) != offer.vm:
+        raise Refused("nothing was changed: that is not the VM's name")
 
 
 @app.command("delete")

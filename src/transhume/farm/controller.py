@@ -18,12 +18,13 @@ from transhume.farm.members import Links, Members
 from transhume.farm.migrations import Migrations
 from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
+from transhume.farm.revival import Revivals
 from transhume.farm.vms import Vms
 from transhume.host.config import HostConfig
-from transhume.model.errors import TranshumeError
+from transhume.model.errors import NotFound, TranshumeError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
 from transhume.model.vm import Ownership, VmState
 from transhume.store.interface import Store
 
@@ -61,6 +62,7 @@ class Controller:
         self.migrations = Migrations(
             records, self.members, self.vms, self.events, clock_s, new_id, self._limits
         )
+        self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -90,8 +92,27 @@ class Controller:
     async def report(self, update: MigrationUpdate) -> None:
         await self.migrations.report(update)
 
-    async def heartbeat(self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]) -> None:
+    async def heartbeat(
+        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+    ) -> HeartbeatReply:
+        """Note that a host lives; tell it which of its VMs are another's.
+
+        The register is read when the host was silent, or has others running than the last time: a VM that is
+        taken from a host is taken from one that cannot be reached.
+        """
+        back = self.members.silent(host)
+        before = self.members.active_vms(host)
         await self.members.heartbeat(host, inventory, vm_states)
+        now = self.members.active_vms(host)
+        doubtful = now if back else now - before
+        disowned = []
+        for vm in sorted(doubtful):
+            try:
+                if (await self._register.read(vm)).owner != host:
+                    disowned.append(vm)
+            except NotFound:
+                continue  # a VM that the farm has forgotten is not the farm's to end
+        return HeartbeatReply(disowned=tuple(disowned))
 
     async def _sweep(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from transhume.model.orders import (
     DirtySample,
     Prepared,
     PrepareOrder,
+    ReviveReply,
     SourceFacts,
 )
 from transhume.model.vm import VmSpec, VmState
@@ -80,6 +81,10 @@ class HostLink(Protocol):
     async def cancel(self, migration: str) -> CancelReply: ...
 
     async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply: ...
+
+    async def revive(self, migration: str) -> ReviveReply:
+        """To the source: take the VM back from a destination that is lost, as it was suspended."""
+        ...
 
     async def abandon(self, migration: str) -> None:
         """Forget a prepared destination whose source never came. Does nothing after a commit."""

@@ -214,6 +214,11 @@ class Members:
             return VmState.UNKNOWN
         return self._vm_states.get(host, {}).get(vm, VmState.STOPPED)
 
+    def active_vms(self, host: str) -> frozenset[str]:
+        """The VMs of which the host last said that they have a QEMU process."""
+        states = self._vm_states.get(host, {})
+        return frozenset(name for name, state in states.items() if state is not VmState.STOPPED)
+
     def note_vm_state(self, host: str, vm: str, state: VmState) -> None:
         """What the controller itself just brought about, until the next heartbeat confirms it."""
         self._vm_states.setdefault(host, {})[vm] = state

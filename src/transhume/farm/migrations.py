@@ -233,6 +233,10 @@ class Migrations:
                 "unknown until it does"
             ) from error
 
+    async def of_vm(self, vm: str) -> Migration:
+        """The migration under way of a VM. Raises `NotFound`, and `Conflict` when it is not moving."""
+        return await self._find(vm)
+
     async def sweep(self) -> None:
         """End the migrations that nobody has reported on for too long. Called again and again."""
         now_s = self._clock_s()

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
 from transhume.model.vm import Ownership, VmState
 
 
@@ -33,4 +33,4 @@ class ControllerLink(Protocol):
 
     async def heartbeat(
         self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
-    ) -> None: ...
+    ) -> HeartbeatReply: ...

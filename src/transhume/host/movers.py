@@ -20,9 +20,17 @@ from typing import IO, Any
 from transhume.host.controller_link import ControllerLink
 from transhume.migration.driver.job import MoverFolder, MoverJob, Role
 from transhume.migration.driver.journal import Journal
+from transhume.migration.source import REVIVED
 from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, TranshumeError, VmmError
 from transhume.model.migration import Outcome, Phase
-from transhume.model.orders import Adjustment, AdjustReply, CancelReply, MigrationUpdate, Prepared
+from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
+    CancelReply,
+    MigrationUpdate,
+    Prepared,
+    ReviveReply,
+)
 from transhume.vmm.niceness import LEAST_URGENT, USUAL, set_niceness
 
 FINAL_STATES = frozenset({"done", "aborted"})
@@ -51,6 +59,7 @@ class Mover:
         self.connected = asyncio.Event()
         self.cancels: list[asyncio.Future[CancelReply]] = []
         self.adjustments: list[asyncio.Future[AdjustReply]] = []
+        self.revivals: list[asyncio.Future[ReviveReply]] = []
         self.latest: MigrationUpdate | None = None
         self.relay_wanted = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
@@ -155,6 +164,34 @@ class Movers:
         finally:
             if reply in mover.adjustments:
                 mover.adjustments.remove(reply)
+
+    async def revive(self, migration: str) -> ReviveReply:
+        """Ask the source's mover to take its VM back, and wait for what came of it. Raises as `adjust`."""
+        mover = self._movers.get(f"{migration}-{Role.SOURCE.value}")
+        if mover is None or mover.ended.is_set():
+            raise NotFound(f"migration {migration} is not under way on this host")
+        if mover.writer is None:
+            raise HostLost(f"the mover of migration {migration} does not answer now; try again")
+        reply: asyncio.Future[ReviveReply] = asyncio.get_running_loop().create_future()
+        mover.revivals.append(reply)
+        mover.writer.write(b'{"command": "revive"}\n')
+        ended = asyncio.create_task(mover.ended.wait())
+        try:
+            await _first_of(ended, reply, timeout_s=CANCEL_LIMIT_S)
+        finally:
+            ended.cancel()
+            mover.revivals.remove(reply)
+        if reply.done():
+            return reply.result()
+        update = mover.latest
+        if mover.ended.is_set() and update is not None:
+            return ReviveReply(
+                revived=update.error_code == REVIVED, message=update.error, runs_at=update.runs_at
+            )
+        raise HostLost(
+            f"the mover of migration {migration} has not answered within {CANCEL_LIMIT_S:g} s; "
+            f"`transhume migration {migration}` tells what came of it"
+        )
 
     async def close(self) -> None:
         """Stop to listen; the movers go on."""
@@ -266,6 +303,11 @@ class Movers:
             first = mover.adjustments.pop(0)
             if not first.done():
                 first.set_result(AdjustReply.model_validate(message["adjusted"]))
+        if "revived" in message:
+            revived = ReviveReply.model_validate(message["revived"])
+            for asked in mover.revivals:
+                if not asked.done():
+                    asked.set_result(revived)
         if "cancelled" in message:
             reply = CancelReply.model_validate(message["cancelled"])
             for waiting in mover.cancels:

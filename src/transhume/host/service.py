@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from transhume.host.config import HostConfig
 from transhume.host.console import Consoles
@@ -25,6 +25,7 @@ from transhume.model.orders import (
     MigrationUpdate,
     Prepared,
     PrepareOrder,
+    ReviveReply,
     SourceFacts,
 )
 from transhume.model.vm import Accel, VmSpec, VmState
@@ -39,6 +40,7 @@ class HostService:
     def __init__(self, config: HostConfig, inventory: Inventory, link: ControllerLink) -> None:
         self.config = config
         self._inventory = inventory
+        self._link = link
         self._vms = LocalVms(config.vms_dir, config.vm_user)
         self._consoles = Consoles()
         self._cost = SwitchoverCost(config.state_dir / "switchover.json")
@@ -142,6 +144,21 @@ class HostService:
             raise Conflict(f"VM {name} is being moved")
         await self._vms.delete(name)
 
+    async def end_disowned(self, names: Sequence[str]) -> list[str]:
+        """End VMs that run here and belong to another host; those that it ended come back.
+
+        Each is asked for at the register once more: what the controller answered may be old by now. A VM that
+        is being moved is its mover's to end. Raises as the register does.
+        """
+        ended = []
+        for name in names:
+            owner = (await self._link.ownership(name)).owner
+            # Nothing is awaited from here to the kill: to own it again, this host would need a mover first.
+            if owner != self.config.name and self._movers.of_vm(name) is None:
+                await self._vms.kill(name)
+                ended.append(name)
+        return ended
+
     async def vm_states(self) -> Mapping[str, VmState]:
         return await self._vms.states()
 
@@ -201,6 +218,9 @@ class HostService:
 
     async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
         return await self._movers.adjust(migration, adjustment)
+
+    async def revive(self, migration: str) -> ReviveReply:
+        return await self._movers.revive(migration)
 
     async def abandon(self, migration: str) -> None:
         try:

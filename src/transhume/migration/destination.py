@@ -27,6 +27,9 @@ ASK_AGAIN_S = 2.0
 
 SWAP_RETRY_S = 0.5
 RESUME_ATTEMPTS = 5
+REVOKED = "revoked"
+"""The error code of a VM that ran here and was taken back while this host could not be reached."""
+
 FINISH_LIMIT_S = 15.0
 """How long a running destination waits for the source's farewell."""
 
@@ -178,7 +181,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.PeerHeard: Rule("_heard", ()),
             ev.Tick: Rule("_tick_paging", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
-            ev.MigrationKnown: Rule("_known_while_paging", (D.DONE,)),
+            ev.MigrationKnown: Rule("_known_while_paging", (D.DESTROYING, D.DONE)),
             **ignored(
                 ev.PeerAborted,
                 ev.PeerFinished,
@@ -435,7 +438,11 @@ class DestinationMachine(Machine[DestinationState]):
         return (ev.AskController(),)
 
     def _known_while_paging(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
-        """The source may have told the controller that it has lost what it owed."""
+        """The source may have told the controller that it has lost what it owed, or taken the VM back."""
+        if event.revoked:
+            return self._give_up(
+                REVOKED, f"VM {self.migration.vm} was taken back to host {self.migration.source}"
+            )
         if not event.pages_lost:
             return ()
         return self._lose_pages(PagesLost.code, "has lost them")

@@ -111,11 +111,13 @@ class Recovered(Event):
     """A new mover takes over from one that died.
 
     `state_may_be_sent` is read from the journal: whether the destination may hold the device state. `paging`:
-    whether the destination was known to run, and to lack pages.
+    whether the destination was known to run, and to lack pages. `reviving`: whether the VM was being taken
+    back from a destination that is lost.
     """
 
     state_may_be_sent: bool
     paging: bool = False
+    reviving: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,11 @@ class OptionsChanged(Event):
 
 
 @dataclass(frozen=True)
+class ReviveRequested(Event):
+    """A person says that the destination is lost for good, and wants the VM back as it was suspended."""
+
+
+@dataclass(frozen=True)
 class CancelRequested(Event):
     """A person or program asked to stop."""
 
@@ -242,13 +249,15 @@ class MigrationKnown(Event):
 
     `paged`: the destination has reported that no page is missing there any more; `pages_lost`: the source,
     that it has lost pages which it owed. `failed`: an end has reported that the
-    migration failed.
+    migration failed. `revoked`: the register has gone on from the commit, so the VM is the destination's no
+    more.
     """
 
     going_on: bool
     paged: bool = False
     pages_lost: bool = False
     failed: bool = False
+    revoked: bool = False
 
 
 @dataclass(frozen=True)
@@ -402,6 +411,11 @@ class TellPeerFinished(Command):
 @dataclass(frozen=True)
 class StartPush(Command):
     """Send what is owed in the background, if the order of transfer has that. Not answered."""
+
+
+@dataclass(frozen=True)
+class SwapBack(Command):
+    """Swap `(destination, epoch + 1) -> (source, epoch + 2)`: take the VM back. Answered as SwapToSource."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ BUDGET_SHARE = 0.7
 FINISH_LIMIT_S = 10.0
 """After the commit: how long the source waits to hear that the destination runs before it frees the VM."""
 
+REVIVED = "revived"
+"""The error code of a migration whose VM was taken back from a destination that was lost."""
+
 CONNECT_LIMIT_S = 15.0
 COMMIT_LIMIT_S = 30.0
 """How long the source stays paused for a destination that has everything, is alive, and does not commit."""
@@ -68,6 +71,7 @@ class SourceState(StrEnum):
     COMMITTED = "committed"
     PAGING = "paging"
     RECONNECTING = "reconnecting"
+    REVIVING = "reviving"
     RETIRING = "retiring"
     DONE = "done"
     ABORTED = "aborted"
@@ -87,6 +91,7 @@ PHASES: dict[SourceState, Phase] = {
     SourceState.COMMITTED: Phase.COMMITTED,
     SourceState.PAGING: Phase.PAGING,
     SourceState.RECONNECTING: Phase.PAGING,
+    SourceState.REVIVING: Phase.PAGING,
     SourceState.RETIRING: Phase.RUNNING_AT_DESTINATION,
     SourceState.DONE: Phase.DONE,
     SourceState.ABORTED: Phase.ABORTED,
@@ -155,7 +160,7 @@ class SourceMachine(Machine[SourceState]):
             # Whether this mover is the first or a successor is not known yet: nothing may be decided.
             ev.Started: Rule("_started", (S.CONNECTING, S.RESUMING, S.ABORTED)),
             ev.Recovered: Rule(
-                "_recovered", (S.RESUMING, S.RESOLVING, S.RECONNECTING, S.RETIRING, S.ABORTED)
+                "_recovered", (S.RESUMING, S.RESOLVING, S.RECONNECTING, S.REVIVING, S.RETIRING, S.ABORTED)
             ),
             ev.Tick: Rule("", ()),
             ev.CancelRequested: Rule("_cancel_early", ()),
@@ -230,6 +235,8 @@ class SourceMachine(Machine[SourceState]):
                 ev.SwapLost,
                 ev.SwapUnknown,
                 ev.SwapRefused,
+                ev.MigrationKnown,
+                ev.ReviveRequested,
             ),
         },
         S.COMMITTED: {
@@ -250,24 +257,57 @@ class SourceMachine(Machine[SourceState]):
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.Tick: Rule("_tick_paging", (S.RECONNECTING,)),
             **_AFTER_COMMIT,
-            **ignored(ev.MigrationKnown),
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
+            **ignored(ev.MigrationKnown, ev.ReviveRequested),
         },
         S.RECONNECTING: {
             ev.Reconnected: Rule("_reconnected", (S.PAGING, S.RETIRING)),
-            ev.CommandFailed: Rule("_reconnect_failed", (S.RETIRING,)),
+            ev.CommandFailed: Rule("_reconnect_failed", (S.REVIVING, S.RETIRING)),
             ev.MigrationKnown: Rule("_migration_known", (S.RETIRING,)),
             ev.Tick: Rule("_tick_reconnecting", ()),
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
             ev.OptionsChanged: Rule("_options_changed", ()),
+            ev.ReviveRequested: Rule("_revive", (S.REVIVING,)),
             **_AFTER_COMMIT,
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
             **ignored(ev.LinkLost, ev.PeerHeard, ev.PeerRunning),
+        },
+        S.REVIVING: {
+            ev.SwapWon: Rule("_revive_won", (S.RESUMING, S.ABORTED)),
+            ev.SwapLost: Rule("_revive_lost", (S.RESUMING, S.RECONNECTING, S.ABORTED)),
+            ev.SwapUnknown: Rule("_revive_unknown", ()),
+            ev.SwapRefused: Rule("_revive_unknown", ()),
+            ev.Tick: Rule("_tick_reviving", ()),
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
+            ev.OptionsChanged: Rule("_options_changed", ()),
+            **ignored(
+                ev.CancelRequested,
+                ev.ReviveRequested,
+                ev.CommandFailed,
+                ev.LinkLost,
+                ev.MigrationKnown,
+                ev.PeerHeard,
+                ev.PeerRunning,
+                ev.PeerCommitted,
+                ev.PeerFailed,
+                ev.PeerPaged,
+                ev.StateSent,
+            ),
         },
         S.RETIRING: {
             ev.VmRetired: Rule("_retired", (S.DONE,)),
             ev.CommandFailed: Rule("_retire_failed", (S.DONE,)),
             ev.PeerRunning: Rule("_late_running", ()),
             **_AFTER_COMMIT,
-            **ignored(ev.Tick, ev.LinkLost, ev.PeerHeard, ev.PeerPaged, ev.Reconnected, ev.MigrationKnown),
+            **ignored(
+                ev.Tick,
+                ev.LinkLost,
+                ev.PeerHeard,
+                ev.PeerPaged,
+                ev.Reconnected,
+                ev.MigrationKnown,
+                ev.ReviveRequested,
+            ),
         },
         S.DONE: {},
         S.ABORTED: {},
@@ -316,6 +356,8 @@ class SourceMachine(Machine[SourceState]):
         self._residual_s = 0.0
         self._reconnecting = False
         self._reconnect_due_s = now_s
+        self._revive_wanted = False
+        self.revival_refused = False
 
     # --- what others may ask ---------------------------------------------------------------------
 
@@ -327,7 +369,12 @@ class SourceMachine(Machine[SourceState]):
     @property
     def past_point_of_no_return(self) -> bool:
         """Whether the VM is known to be the destination's."""
-        return self.state in (S.COMMITTED, S.PAGING, S.RECONNECTING, S.RETIRING, S.DONE)
+        return self.state in (S.COMMITTED, S.PAGING, S.RECONNECTING, S.REVIVING, S.RETIRING, S.DONE)
+
+    @property
+    def vm_died(self) -> bool:
+        """Whether the source's QEMU has ended."""
+        return self._vm_died
 
     @property
     def rest(self) -> Rest:
@@ -351,10 +398,10 @@ class SourceMachine(Machine[SourceState]):
         """Where the VM runs, in words; never a guess."""
         if self._lost_everywhere:
             return f"nowhere: {self.error}"
+        if self.state in (S.RESOLVING, S.REVIVING):
+            return "unknown until the register answers; paused at the source meanwhile"
         if self.past_point_of_no_return:
             return f"destination host {self.migration.destination}"
-        if self.state is S.RESOLVING:
-            return "unknown until the register answers; paused at the source meanwhile"
         if self.state in (S.LAST_PAGES, S.STATE, S.AWAITING_COMMIT):
             return "nowhere for the moment: paused at the switchover"
         return f"source host {self.migration.source}"
@@ -429,6 +476,9 @@ class SourceMachine(Machine[SourceState]):
         if event.paging:
             self._owing = True
             return self._retire(event, now_s)
+        if event.reviving:
+            self._owing = True
+            return self._take_back(now_s)
         self._fail(Outcome.FAILED, "mover-died", "the source's mover died; its successor ended the migration")
         if event.state_may_be_sent:
             return self._ask_register(now_s)
@@ -617,7 +667,7 @@ class SourceMachine(Machine[SourceState]):
         return (ev.StopWork(), ev.Publish(), ev.Reconnect())
 
     def _reconnected(self, event: ev.Reconnected, now_s: float) -> Sequence[Command]:
-        self._reconnecting = False
+        self._reconnecting = self._revive_wanted = False  # it is there after all
         self._heard_s = now_s
         if event.missing_pages == 0:
             return self._all_paged(now_s)
@@ -631,7 +681,7 @@ class SourceMachine(Machine[SourceState]):
             return self._lose_pages()
         self._reconnecting = False
         self._reconnect_due_s = now_s + RECONNECT_S
-        return ()
+        return self._take_back(now_s) if self._revive_wanted else ()
 
     def _tick_reconnecting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         if self._reconnecting or now_s < self._reconnect_due_s:
@@ -647,6 +697,59 @@ class SourceMachine(Machine[SourceState]):
         if event.failed:
             return self._end_owing("host-lost", "the destination has ended without the pages it was owed")
         return ()
+
+    # --- back from a destination that is lost ----------------------------------------------------
+
+    def _revive(self, _: ev.ReviveRequested, now_s: float) -> Sequence[Command]:
+        """A search that is under way comes to its end first: a destination that answers keeps the VM."""
+        if self._vm_died:
+            return ()  # nothing is left that could run
+        self._revive_wanted, self.revival_refused = True, False
+        return () if self._reconnecting else self._take_back(now_s)
+
+    def _take_back(self, now_s: float) -> Sequence[Command]:
+        """Only the register makes the VM ours again; then a destination that comes back must end it."""
+        self._revive_wanted = False
+        self.state = S.REVIVING
+        self._swap_under_way = True
+        self._asked_register_s = now_s
+        return (ev.SwapBack(), ev.Publish())
+
+    def _revive_won(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        destination = self.migration.destination
+        self._fail(
+            Outcome.FAILED,
+            REVIVED,
+            f"host {destination} was given up while it still lacked pages: VM {self.migration.vm} is back as "
+            "it was suspended, and what it did there is lost",
+        )
+        if self._vm_died:
+            return self._vm_lost(ev.QemuDied("it ended while the VM was taken back"), now_s)
+        self.state = S.RESUMING
+        return (ev.StopWork(), ev.ResumeVm())
+
+    def _revive_lost(self, event: ev.SwapLost, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        if event.owner == self.migration.source:
+            return self._revive_won(event, now_s)  # an earlier try was made, only its answer was lost
+        self._reconnect_due_s = now_s
+        self.revival_refused = True
+        self.state = S.RECONNECTING
+        return (ev.Publish(),)
+
+    def _revive_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
+        self._swap_under_way = False
+        self._asked_register_s = now_s
+        return ()
+
+    def _tick_reviving(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        if self._swap_under_way or now_s - self._asked_register_s < SWAP_RETRY_S:
+            return ()
+        self._swap_under_way = True
+        return (ev.SwapBack(),)
+
+    # --- pages that are lost ---------------------------------------------------------------------
 
     def _lose_pages(self) -> Sequence[Command]:
         """The source's QEMU and its mover have both died: what they held is gone, and that must be said."""

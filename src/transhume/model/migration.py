@@ -222,7 +222,10 @@ class PagingReport(BaseModel):
 
 
 class MigrationReport(BaseModel):
-    """What was measured. Complete when the migration has ended; what is unknown is absent or zero."""
+    """What was measured. Complete when the migration has ended; what is unknown is absent or zero.
+
+    `suspended_at_s` is the time of day of the switchover, noted when pages are owed from then on.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -232,6 +235,7 @@ class MigrationReport(BaseModel):
     wire_bytes: int = 0
     ram_bytes: int = 0
     state_bytes: int = 0
+    suspended_at_s: float | None = None
     total_ms: float = 0.0
     converged: bool | None = None
     switch_reason: str = ""

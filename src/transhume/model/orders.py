@@ -144,6 +144,28 @@ class AdjustReply(BaseModel):
     message: str = ""
 
 
+class ReviveReply(BaseModel):
+    """Whether the source took its VM back, or in words why not; `runs_at` says where it runs now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    revived: bool
+    message: str = ""
+    runs_at: str = ""
+
+
+class HeartbeatReply(BaseModel):
+    """The controller's answer to a sign of life.
+
+    `disowned`: VMs that the host has running and that the register gives to another. The host ends those that
+    it is not moving, after it has asked the register itself.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    disowned: tuple[str, ...] = ()
+
+
 class SwapReply(BaseModel):
     """The answer of the register: whether the swap was made, and what it holds now."""
 

@@ -20,6 +20,7 @@ from transhume.model.orders import (
     DirtySample,
     Prepared,
     PrepareOrder,
+    ReviveReply,
     SourceFacts,
 )
 from transhume.model.vm import Accel, RamBlock, VmSpec, VmState
@@ -56,6 +57,7 @@ class ScriptedHost:
         self.prepared: dict[str, PrepareOrder] = {}
         self.adjustments: list[Adjustment] = []
         self.refuses_adjustments = ""
+        self.refuses_revival = ""
         self.begun: dict[str, BeginOrder] = {}
         self.abandoned: list[str] = []
         self.cancel_reply: CancelReply | None = None
@@ -155,6 +157,10 @@ class ScriptedHost:
         if migration not in self.begun:
             raise NotFound(f"host {self.name} knows nothing of migration {migration}")
         return self.cancel_reply or CancelReply(accepted=True, runs_at=self.name)
+
+    async def revive(self, migration: str) -> ReviveReply:
+        await self._step("revive")
+        return ReviveReply(revived=not self.refuses_revival, message=self.refuses_revival)
 
     async def adjust(self, migration: str, adjustment: Adjustment) -> AdjustReply:
         await self._step("adjust")

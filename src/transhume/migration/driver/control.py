@@ -1,8 +1,9 @@
 """The mover's control socket: the daemon listens to updates and passes on a person's wishes.
 
 One JSON object a line, both ways. From the mover: `{"update": {...}}`, `{"prepared": {...}}` and, as the
-answer to a cancel, `{"cancelled": {...}}`, to an adjustment `{"adjusted": {...}}`. To the mover:
-`{"command": "cancel"}` and `{"command": "adjust", "adjustment": {...}}`.
+answer to a cancel, `{"cancelled": {...}}`, to an adjustment `{"adjusted": {...}}`, to a revival
+`{"revived": {...}}`. To the mover: `{"command": "cancel"}`, `{"command": "adjust", "adjustment": {...}}` and
+`{"command": "revive"}`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from transhume.model.orders import Adjustment, AdjustReply, CancelReply, MigrationUpdate, Prepared
+from transhume.model.orders import (
+    Adjustment,
+    AdjustReply,
+    CancelReply,
+    MigrationUpdate,
+    Prepared,
+    ReviveReply,
+)
 
 LINE_LIMIT_BYTES = 4 << 20
 
@@ -28,6 +36,7 @@ class ControlServer:
         self._path = path
         self.cancel: Callable[[], Awaitable[CancelReply]] | None = None
         self.adjust: Callable[[Adjustment], AdjustReply] | None = None
+        self.revive: Callable[[], Awaitable[ReviveReply]] | None = None
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._latest: dict[str, bytes] = {}
@@ -80,6 +89,8 @@ class ControlServer:
                 elif message.get("command") == "adjust" and self.adjust is not None:
                     adjustment = Adjustment.model_validate(message.get("adjustment"))
                     _answer(writer, "adjusted", self.adjust(adjustment))
+                elif message.get("command") == "revive" and self.revive is not None:
+                    _answer(writer, "revived", await self.revive())
         except (OSError, ValueError):
             pass  # a daemon that died or spoke nonsense loses its connection, nothing else
         finally:

@@ -243,6 +243,7 @@ class Driver(ABC, Generic[StateT]):
         """
         try:
             record = await self._register.migration(self.migration.id)
+            held = await self._register.ownership(self.migration.vm)
         except NotFound:
             return ev.MigrationKnown(going_on=False)
         except TranshumeError:
@@ -253,6 +254,7 @@ class Driver(ABC, Generic[StateT]):
             paged=paging is not None and paging.complete,
             pages_lost=record.error_code == PagesLost.code,
             failed=record.outcome is Outcome.FAILED,
+            revoked=held.epoch > self.migration.epoch + 1,
         )
 
     # --- the register ----------------------------------------------------------------------------
@@ -264,6 +266,14 @@ class Driver(ABC, Generic[StateT]):
     async def swap_to_destination(self, _: ev.SwapToDestination) -> Event:
         """The commit's swap: the one point of no return."""
         return await self._swap(self.migration.destination)
+
+    async def swap_back(self, _: ev.SwapBack) -> Event:
+        """Take the VM back after its commit: whoever runs it there has lost the right to."""
+        migration = self.migration
+        return await self._try_swap(
+            Ownership(owner=migration.destination, epoch=migration.epoch + 1),
+            Ownership(owner=migration.source, epoch=migration.epoch + 2),
+        )
 
     def warm_up_register(self) -> None:
         """Open the connection to the register in the background, so that the switchover need not.
@@ -282,10 +292,15 @@ class Driver(ABC, Generic[StateT]):
 
     async def _swap(self, owner: str) -> Event:
         migration = self.migration
-        expected = Ownership(owner=migration.source, epoch=migration.epoch)
-        wanted = Ownership(owner=owner, epoch=migration.epoch + 1)
+        return await self._try_swap(
+            Ownership(owner=migration.source, epoch=migration.epoch),
+            Ownership(owner=owner, epoch=migration.epoch + 1),
+        )
+
+    async def _try_swap(self, expected: Ownership, wanted: Ownership) -> Event:
+        owner = wanted.owner
         try:
-            reply = await self._register.swap_ownership(migration.vm, expected, wanted)
+            reply = await self._register.swap_ownership(self.migration.vm, expected, wanted)
         except StoreFull as error:
             self._log(f"the register refused the swap: {error.message}")
             return ev.SwapRefused(error.message)

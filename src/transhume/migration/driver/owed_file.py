@@ -47,6 +47,13 @@ class OwedFile:
         except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
             raise VmmError(f"{self._owed} is damaged: {error}") from error
 
+    def written_at_s(self) -> float | None:
+        """When it was noted, which is when the VM stood still; None when nothing is owed."""
+        try:
+            return self._owed.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
     def remove(self) -> None:
         """Nothing is owed any more."""
         self._owed.unlink(missing_ok=True)

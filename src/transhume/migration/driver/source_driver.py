@@ -47,7 +47,7 @@ from transhume.model.errors import (
     VmmError,
 )
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
-from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate
+from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, ReviveReply
 from transhume.model.vm import Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.log import last_words
@@ -76,6 +76,7 @@ Result = TypeVar("Result")
 
 COMMITTED_STATES = frozenset({SourceState.COMMITTED.value, SourceState.RETIRING.value})
 PAGING_STATES = frozenset({SourceState.PAGING.value, SourceState.RECONNECTING.value})
+REVIVE_POLL_S = 0.05
 MAY_COMMIT_STATES = frozenset(state.value for state in DESTINATION_MAY_COMMIT)
 
 
@@ -91,6 +92,7 @@ class SourceDriver(Driver[SourceState]):
             ev.TellPeerFinished,
             ev.Reconnect,
             ev.AskController,
+            ev.SwapBack,
         }
     )
 
@@ -156,6 +158,7 @@ class SourceDriver(Driver[SourceState]):
             ev.StartPush: self._start_push,
             ev.Reconnect: self._reconnect,
             ev.AskController: self.ask_controller,
+            ev.SwapBack: self.swap_back,
         }
 
     @property
@@ -170,6 +173,8 @@ class SourceDriver(Driver[SourceState]):
             return ev.Started()
         if before in PAGING_STATES:
             return ev.Recovered(state_may_be_sent=True, paging=True)
+        if before == SourceState.REVIVING.value:
+            return ev.Recovered(state_may_be_sent=True, reviving=True)
         if before in COMMITTED_STATES:
             # The register has the last word, and it cannot have changed since.
             return ev.Recovered(state_may_be_sent=True)
@@ -183,7 +188,9 @@ class SourceDriver(Driver[SourceState]):
         if left_pages is not None:
             self._progress.paging(left_pages, machine.state is SourceState.RECONNECTING)
             wire_bytes = report.wire_bytes + self._owed.wire_bytes
-            report = report.model_copy(update={"wire_bytes": wire_bytes})
+            report = report.model_copy(
+                update={"wire_bytes": wire_bytes, "suspended_at_s": self._owed_file.written_at_s()}
+            )
         return MigrationUpdate(
             migration=self.migration.id,
             host=self.migration.source,
@@ -226,6 +233,34 @@ class SourceDriver(Driver[SourceState]):
         if adjustment.switch_to_post_copy:
             self.post(ev.SwitchRequested())
         return AdjustReply(accepted=True)
+
+    async def revive(self) -> ReviveReply:
+        """Take the VM back from a destination that is lost; or say why not, and change nothing."""
+        machine, destination = self._source, self.migration.destination
+        if machine.state is not SourceState.RECONNECTING:
+            return self._not_revived(
+                f"host {destination} is not lost to it: the source is in state {machine.state.value}"
+            )
+        self.post(ev.ReviveRequested())
+        while (why := self._why_no_revival()) == "" and not machine.finished:
+            await asyncio.sleep(REVIVE_POLL_S)
+        if why:
+            return self._not_revived(why)
+        return ReviveReply(revived=True, runs_at=machine.runs_at)
+
+    def _why_no_revival(self) -> str:
+        """Why the revival that was asked for does not come; empty while it may, or has."""
+        machine = self._source
+        if machine.state is SourceState.RECONNECTING and machine.vm_died:
+            return "the source's QEMU has ended, so nothing is left that could run"
+        if machine.state is SourceState.RECONNECTING and machine.revival_refused:
+            return "the register has given the VM to somebody else meanwhile"
+        if machine.state in (SourceState.PAGING, SourceState.RETIRING, SourceState.DONE):
+            return f"host {self.migration.destination} has answered after all"
+        return ""
+
+    def _not_revived(self, why: str) -> ReviveReply:
+        return ReviveReply(revived=False, message=why, runs_at=self._source.runs_at)
 
     def stop_work(self) -> None:
         self._stop.set()
