@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transhume.farm.merge import merged
-from transhume.model.migration import DowntimeReport, Migration, MigrationReport, Phase, Progress
+from transhume.farm.merge import join_reports, merged
+from transhume.model.migration import (
+    DowntimeReport,
+    IterationReport,
+    Migration,
+    MigrationReport,
+    PagingReport,
+    Phase,
+    Progress,
+)
 from transhume.model.orders import MigrationUpdate
 
 RECORD = Migration(id="m1", vm="web", source="alpha", destination="beta", epoch=1)
@@ -74,6 +83,26 @@ def test_figures_do_not_depend_on_the_order(one: MigrationUpdate, other: Migrati
     forth, back = merged(merged(RECORD, one), other), merged(merged(RECORD, other), one)
     assert forth.phase == back.phase
     assert forth.report == back.report
+
+
+@pytest.mark.parametrize("field", sorted(MigrationReport.model_fields))
+def test_a_report_keeps_each_field_when_the_other_end_knows_nothing(field: str) -> None:
+    values: dict[str, object] = {
+        "iterations": (
+            IterationReport(
+                index=0, pages=1, zero_pages=0, wire_bytes=1, duration_ms=1.0, dirty_pages_after=0
+            ),
+        ),
+        "downtime": DowntimeReport(stop_ms=3.0),
+        "paging": PagingReport(owed_pages=7),
+        "converged": True,
+        "order": "some order",
+        "switch_reason": "some reason",
+    }
+    value = values.get(field, 5.0)
+    known, nothing = MigrationReport(total_ms=1.0).model_copy(update={field: value}), MigrationReport()
+    for joined in (join_reports(known, nothing), join_reports(nothing, known)):
+        assert getattr(joined, field) == value
 
 
 def test_only_the_end_says_done() -> None:

@@ -916,6 +916,17 @@ def test_a_vm_is_taken_back_by_the_register_first(talk: Talk) -> None:
     assert talk.machine.runs_at == "source host north"
 
 
+@conversation(after=(to_reviving,))
+def test_a_vm_that_was_taken_back_is_tried_until_it_goes_on(talk: Talk) -> None:
+    talk.tell(ev.SwapWon(), ev.StopWork(), ev.ResumeVm(), then=S.RESUMING)
+    for _ in range(2 * RESUME_ATTEMPTS):
+        talk.tell(failed(ev.ResumeVm))
+        assert talk.machine.runs_at.startswith("nowhere for the moment")
+        talk.wait(SWAP_RETRY_S + 0.1, ev.ResumeVm())
+    talk.tell(ev.VmResumed(), ev.Publish(ended=True), then=S.ABORTED)
+    assert talk.machine.runs_at == "source host north"
+
+
 @conversation(after=(to_reconnecting,))
 def test_a_search_under_way_ends_before_a_vm_is_taken_back(talk: Talk) -> None:
     talk.tell(ev.ReviveRequested())

@@ -61,6 +61,7 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
         wire_bytes=max(held.wire_bytes, new.wire_bytes),
         ram_bytes=max(held.ram_bytes, new.ram_bytes),
         state_bytes=max(held.state_bytes, new.state_bytes),
+        suspended_at_s=held.suspended_at_s if new.suspended_at_s is None else new.suspended_at_s,
         total_ms=max(held.total_ms, new.total_ms),
         converged=held.converged if new.converged is None else new.converged,
         switch_reason=new.switch_reason or held.switch_reason,

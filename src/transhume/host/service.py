@@ -156,6 +156,7 @@ class HostService:
             # Nothing is awaited from here to the kill: to own it again, this host would need a mover first.
             if owner != self.config.name and self._movers.of_vm(name) is None:
                 await self._vms.kill(name)
+                await self._vms.delete(name)
                 ended.append(name)
         return ended
 

@@ -402,6 +402,8 @@ class SourceMachine(Machine[SourceState]):
             return "unknown until the register answers; paused at the source meanwhile"
         if self.past_point_of_no_return:
             return f"destination host {self.migration.destination}"
+        if self.state is S.RESUMING and self._resume_attempts:
+            return f"nowhere for the moment: paused at source host {self.migration.source}, to go on"
         if self.state in (S.LAST_PAGES, S.STATE, S.AWAITING_COMMIT):
             return "nowhere for the moment: paused at the switchover"
         return f"source host {self.migration.source}"
@@ -811,7 +813,9 @@ class SourceMachine(Machine[SourceState]):
         if event.command != ev.ResumeVm.__name__:
             return ()
         self._resume_attempts += 1
-        if self._resume_attempts < RESUME_ATTEMPTS:
+        # One that was taken back has no other home: its disks may be locked until a host that was only cut
+        # off has ended it there.
+        if self._resume_attempts < RESUME_ATTEMPTS or self.error_code == REVIVED:
             self._resume_due_s = now_s + SWAP_RETRY_S
             return ()
         self.error = f"{self.error}; and the source's QEMU would not go on: {event.message}"

@@ -50,6 +50,7 @@ from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, P
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, ReviveReply
 from transhume.model.vm import Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
+from transhume.vmm.image_lock import has_writer
 from transhume.vmm.log import last_words
 from transhume.vmm.migrate_command import end_abandoned
 from transhume.vmm.monitor import Monitor
@@ -241,6 +242,12 @@ class SourceDriver(Driver[SourceState]):
             return self._not_revived(
                 f"host {destination} is not lost to it: the source is in state {machine.state.value}"
             )
+        for disk in self.job.spec.disks:
+            if not disk.read_only and await asyncio.to_thread(has_writer, disk.path):
+                return self._not_revived(
+                    f"disk {disk.path} is open for writing: the VM still runs somewhere, so host "
+                    f"{destination} is not dead; switch it off first"
+                )
         self.post(ev.ReviveRequested())
         while (why := self._why_no_revival()) == "" and not machine.finished:
             await asyncio.sleep(REVIVE_POLL_S)
