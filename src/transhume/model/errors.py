@@ -12,7 +12,8 @@
     ├── HostLost            a host does not answer
     ├── TimedOut            the limit of a wait was reached
     ├── StoreError          the farm's store could not answer; a write may or may not have happened
-    │   └── StoreFull       the store refused the write for lack of space; nothing was written
+    │   ├── StoreFull       the store refused the write for lack of space; nothing was written
+    │   └── StoreUnavailable the store cannot be asked now; the failed call has written nothing
     └── MigrationError      a migration ended without moving the VM; says where the VM runs
 
 Every message names the thing, the reason and the mend, in words that a person can act on.
@@ -132,6 +133,12 @@ class StoreFull(StoreError):
     status = 507
 
 
+class StoreUnavailable(StoreError):
+    """The store cannot be asked now (no quorum, no member in reach); the failed call has written nothing."""
+
+    code = "store-unavailable"
+
+
 class MigrationError(TranshumeError):
     """A migration ended without moving the VM; the message says where the VM runs."""
 
@@ -156,6 +163,7 @@ ERRORS_BY_CODE: dict[str, type[TranshumeError]] = {
         TimedOut,
         StoreError,
         StoreFull,
+        StoreUnavailable,
         MigrationError,
     )
 }

@@ -18,6 +18,12 @@ MAX_KEY_BYTES = 512
 MAX_VALUE_BYTES = 1 << 20
 """A little under what etcd accepts by default, so that a record that fits one store fits the other."""
 
+MAX_TRANSACTION_BYTES = 1_200_000
+"""All keys and values of one transaction together; etcd takes 1.5 MiB by default."""
+
+MAX_TRANSACTION_CHANGES = 120
+"""Puts and deletes of one transaction, and as many comparisons; etcd takes 128 by default."""
+
 ABSENT = 0
 """The revision of a key that does not exist."""
 
@@ -39,13 +45,27 @@ class Compare:
     mod_revision: int
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Entries as of one moment, in the order of their keys' bytes, and the store's revision at it.
+
+    `stale_since_s` is None for the present state. Otherwise others may have changed it since: it is at least
+    as new as that moment (seconds since the epoch).
+    """
+
+    entries: Sequence[Entry]
+    revision: int
+    stale_since_s: float | None = None
+
+
 class Store(Protocol):
     """Keys, values, revisions.
 
     Every method raises `StoreError` when the store cannot answer: a transaction may then have happened or
-    not, and only reading tells. `StoreFull` means that nothing was written, and `Refused` that a key or a
-    value is over the limits above. One revision numbers each transaction that was applied; a key that is
-    deleted and made again has a higher revision than before.
+    not, or be about to, and only a later comparison of the same keys settles it. `StoreFull` and
+    `StoreUnavailable` mean that this call has written nothing and never will, and `Refused` that a key, a
+    value or a transaction is over the limits above. One revision numbers each transaction that changed
+    something; a key that is deleted and made again has a higher revision than before.
     """
 
     async def get(self, key: str) -> Entry | None:
@@ -54,6 +74,14 @@ class Store(Protocol):
 
     async def list(self, prefix: str) -> Sequence[Entry]:
         """All entries whose keys begin with `prefix`, in the order of their keys' bytes, as of one moment."""
+        ...
+
+    async def snapshot(self, prefix: str, *, may_be_stale: bool = False) -> Snapshot:
+        """As `list`, with the revision of that moment.
+
+        With `may_be_stale` a store that has lost its quorum shows what it last knew, and says of when that
+        is at the latest. It still raises `StoreUnavailable` when it cannot say that.
+        """
         ...
 
     async def transact(
@@ -74,8 +102,8 @@ class Store(Protocol):
         ...
 
 
-def check_limits(puts: Mapping[str, bytes], deletes: Sequence[str]) -> None:
-    """Raise `Refused` for a transaction that no store accepts, before anything is written."""
+def check_limits(compares: Sequence[Compare], puts: Mapping[str, bytes], deletes: Sequence[str]) -> None:
+    """Raise `Refused` for a transaction that not every store accepts, before anything is written."""
     for key in (*puts, *deletes):
         if not key or len(key.encode()) > MAX_KEY_BYTES:
             raise Refused(
@@ -89,3 +117,24 @@ def check_limits(puts: Mapping[str, bytes], deletes: Sequence[str]) -> None:
     both = set(puts) & set(deletes)
     if both:
         raise Refused(f"the record {sorted(both)[0]} cannot be written and deleted in one transaction")
+    _check_total(compares, puts, deletes)
+
+
+def _check_total(compares: Sequence[Compare], puts: Mapping[str, bytes], deletes: Sequence[str]) -> None:
+    changes = max(len(compares), len(puts) + len(deletes))
+    if changes > MAX_TRANSACTION_CHANGES:
+        raise Refused(
+            f"a transaction of {changes} records is over the store's {MAX_TRANSACTION_CHANGES}; "
+            "make several of it"
+        )
+    total_bytes = transaction_bytes(puts) + sum(len(key.encode()) for key in deletes)
+    if total_bytes > MAX_TRANSACTION_BYTES:
+        raise Refused(
+            f"a transaction of {total_bytes} bytes is over the store's {MAX_TRANSACTION_BYTES}; "
+            "make several of it"
+        )
+
+
+def transaction_bytes(puts: Mapping[str, bytes]) -> int:
+    """What `puts` count towards `MAX_TRANSACTION_BYTES`."""
+    return sum(len(key.encode()) + len(value) for key, value in puts.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from transhume.model.errors import StoreError
-from transhume.store.interface import ABSENT, Compare, Entry, check_limits
+from transhume.store.interface import ABSENT, Compare, Entry, Snapshot, check_limits
 
 
 class MemoryStore:
@@ -25,6 +25,9 @@ class MemoryStore:
         found = (entry for key, entry in self._entries.items() if key.startswith(prefix))
         return sorted(found, key=lambda entry: entry.key.encode())
 
+    async def snapshot(self, prefix: str, *, may_be_stale: bool = False) -> Snapshot:
+        return Snapshot(await self.list(prefix), self._revision)
+
     async def transact(
         self,
         compares: Sequence[Compare] = (),
@@ -33,7 +36,7 @@ class MemoryStore:
     ) -> int | None:
         self._demand_open()
         puts = puts or {}
-        check_limits(puts, deletes)
+        check_limits(compares, puts, deletes)
         for compare in compares:
             entry = self._entries.get(compare.key)
             if (entry.mod_revision if entry else ABSENT) != compare.mod_revision:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from transhume.model.errors import StoreError, StoreFull
-from transhume.store.interface import ABSENT, Compare, Entry, check_limits
+from transhume.store.interface import ABSENT, Compare, Entry, Snapshot, check_limits
 
 Answer = TypeVar("Answer")
 
@@ -66,6 +66,10 @@ class SqliteStore:
     async def list(self, prefix: str) -> Sequence[Entry]:
         return await self._run(lambda: self._list(prefix))
 
+    async def snapshot(self, prefix: str, *, may_be_stale: bool = False) -> Snapshot:
+        # One step of the one thread that writes: nothing changes between the two readings.
+        return await self._run(lambda: Snapshot(self._list(prefix), self._revision()))
+
     async def transact(
         self,
         compares: Sequence[Compare] = (),
@@ -73,7 +77,7 @@ class SqliteStore:
         deletes: Sequence[str] = (),
     ) -> int | None:
         wanted = dict(puts or {})
-        check_limits(wanted, deletes)
+        check_limits(compares, wanted, deletes)
         revision = await self._run(lambda: self._transact(compares, wanted, deletes))
         if revision is not None:
             self._since_checkpoint += 1
@@ -176,6 +180,10 @@ class SqliteStore:
             (first, first + b"\xff"),
         )
         return [Entry(bytes(key).decode(), value, revision) for key, value, revision in rows.fetchall()]
+
+    def _revision(self) -> int:
+        (revision,) = self._demand_connection().execute("SELECT revision FROM counter").fetchone()
+        return int(revision)
 
     def _transact(
         self, compares: Sequence[Compare], puts: Mapping[str, bytes], deletes: Sequence[str]
