@@ -62,7 +62,9 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(wire.Pong, token=numbers),
     st.builds(wire.Abort, reason=texts),
     st.builds(wire.Finished),
-    st.builds(wire.MissingEnd, pages=numbers),
+    st.builds(wire.MissingEnd, pages=numbers, to_compare=st.booleans()),
+    st.builds(wire.DigestsEnd, pages=numbers),
+    st.builds(wire.Compared, pages=numbers, difference=texts),
     st.builds(
         wire.Paged,
         paging=st.builds(
@@ -71,6 +73,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
             faults=numbers,
             fault_p50_us=st.floats(0, 1e9),
             latency_us_histogram=st.dictionaries(st.integers(1, 1 << 40), numbers, max_size=8),
+            verified_pages=numbers,
+            written_pages=numbers,
         ),
     ),
 )
@@ -100,7 +104,7 @@ def decode(decoder: Decoder, frame: bytes) -> object:
     """Decode as a channel does; page content is not looked at."""
     head, payload = split(frame)
     header = decoder.header(head)
-    if header.type is FrameType.PAGES or header.type in wire.TABLE_FRAMES:
+    if header.type in (FrameType.PAGES, FrameType.DIGEST) or header.type in wire.TABLE_FRAMES:
         return header, decoder.runs(header, payload[: header.table_bytes]).tolist()
     if header.type is FrameType.STATE:
         return header
@@ -124,7 +128,7 @@ def test_messages_come_out_as_they_went_in(message: Message) -> None:
 
 def test_every_message_type_is_covered() -> None:
     covered = {each.frame_type for each in Message.__subclasses__()}
-    binary = {FrameType.INVALID, FrameType.PAGES, FrameType.STATE, *wire.TABLE_FRAMES}
+    binary = {FrameType.INVALID, FrameType.PAGES, FrameType.STATE, FrameType.DIGEST, *wire.TABLE_FRAMES}
     assert covered | binary == set(FrameType)
 
 
@@ -147,6 +151,25 @@ def test_runs_come_out_as_they_went_in(runs: Runs, block: int, zero: bool) -> No
     assert header.block_index == block
     content = 0 if zero else page_runs.page_count(runs) * PAGE_BYTES
     assert header.payload_bytes == header.table_bytes + content
+
+
+@settings(deadline=None)
+@given(run_sets(), st.integers(0, 1), st.binary(min_size=32, max_size=32))
+def test_digests_come_out_as_they_went_in(runs: Runs, block: int, digest: bytes) -> None:
+    head, payload = split(wire.encode_digest(block, runs, digest))
+    decoder = Decoder(End.DESTINATION, BLOCK_PAGES)
+    header = decoder.header(head)
+    assert header.block_index == block
+    assert decoder.runs(header, payload[: header.table_bytes]).tolist() == runs.tolist()
+    assert payload[header.table_bytes :] == digest
+
+
+def test_a_digest_stands_for_no_more_pages_than_may_be_read_at_once() -> None:
+    most = page_runs.single(7, wire.MAX_DIGEST_PAGES)
+    assert decode(Decoder(End.DESTINATION, BLOCK_PAGES), wire.encode_digest(0, most, bytes(32)))
+    more = page_runs.single(7, wire.MAX_DIGEST_PAGES + 1)
+    with pytest.raises(PeerProtocolError, match="over the limit"):
+        decode(Decoder(End.DESTINATION, BLOCK_PAGES), wire.encode_digest(0, more, bytes(32)))
 
 
 def test_state_chunks() -> None:
@@ -183,7 +206,11 @@ def test_truncated_frames_are_refused(message: Message, data: st.DataObject) -> 
 
 @settings(deadline=None)
 @given(
-    st.one_of(messages.map(wire.encode_message), run_sets().map(lambda runs: wire.encode_pages(1, runs))),
+    st.one_of(
+        messages.map(wire.encode_message),
+        run_sets().map(lambda runs: wire.encode_pages(1, runs)),
+        run_sets().map(lambda runs: wire.encode_digest(1, runs, b"d" * 32)),
+    ),
     st.data(),
 )
 def test_a_flipped_bit_never_does_worse_than_another_valid_frame(frame: bytes, data: st.DataObject) -> None:
@@ -265,6 +292,7 @@ def test_runs_that_are_no_set_of_pages_are_refused(
         ({"type": FrameType.PAGES, "runs": 4097, "length": 8 * 4097 + 4097 * 4096}, "4097 runs"),
         ({"type": FrameType.PAGES, "block": 2, "runs": 1, "length": 8 + 4096}, "RAM block 2 of 2"),
         ({"type": FrameType.ZERO, "runs": 1, "length": 8 + 4096}, "do not match"),
+        ({"type": FrameType.DIGEST, "runs": 1, "length": 8 + 32}, "must not come from the source"),
         ({"type": FrameType.PING, "runs": 1, "length": 10}, "runs"),
         ({"type": FrameType.PING, "block": 1, "length": 10}, "RAM block"),
         ({"type": FrameType.PING, "length": 65537}, "limit"),
@@ -278,6 +306,13 @@ def test_runs_that_are_no_set_of_pages_are_refused(
 def test_what_is_wrong_with_a_header_is_named(fields: dict[str, int], reason: str) -> None:
     with pytest.raises(PeerProtocolError, match=reason):
         Decoder(End.SOURCE, BLOCK_PAGES).header(forge(**fields))
+
+
+@pytest.mark.parametrize("length", [0, 8, 8 + 31, 8 + 33, 8 + 32 + 4096, 8 + 64])
+def test_a_digest_has_the_length_of_one_hash(length: int) -> None:
+    decoder = Decoder(End.DESTINATION, BLOCK_PAGES)
+    with pytest.raises(PeerProtocolError, match="do not match"):
+        decoder.header(forge(type=FrameType.DIGEST, runs=1, length=length))
 
 
 def test_pages_are_refused_before_the_ram_blocks_are_agreed_on() -> None:

@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from transhume.memory import runs as page_runs
 from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock
+from transhume.memory.runs import Runs
 from transhume.memory.zero import zero_pages
 from transhume.model.vm import PAGE_BYTES
 
+DIGEST_BYTES = 32
 _PIECE_PAGES = 256
 _THREADS = 4
 
@@ -37,6 +40,30 @@ def digest(block: GuestBlock) -> str:
             if piece_hash:
                 whole.update(piece.to_bytes(8, "little") + piece_hash)
     return whole.hexdigest()
+
+
+def digest_of_runs(block: GuestBlock, runs: Runs) -> bytes:
+    """The hash of the content of a few pages, in order: `DIGEST_BYTES` bytes. Holes count as zeros."""
+    fingerprint = hashlib.sha256()
+    for first, count in page_runs.split(runs, _PIECE_PAGES).tolist():
+        fingerprint.update(os.pread(block.fd, count * PAGE_BYTES, first * PAGE_BYTES))
+    return fingerprint.digest()
+
+
+def first_page_not_zero(block: GuestBlock, runs: Runs) -> int | None:
+    """The first of these pages that holds anything but zeros. Quick where no memory is behind them."""
+    if len(runs) == 0:
+        return None
+    low, high = int(runs[0, 0]), int(runs[-1].sum())
+    there = page_runs.intersect(runs, block.populated_runs(low, high - low))
+    for first, count in page_runs.split(there, _PIECE_PAGES).tolist():
+        content = os.pread(block.fd, count * PAGE_BYTES, first * PAGE_BYTES)
+        others = np.flatnonzero(
+            ~zero_pages(np.frombuffer(content, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE))
+        )
+        if len(others):
+            return int(first) + int(others[0])
+    return None
 
 
 def _populated_pieces(block: GuestBlock) -> list[int]:

@@ -1,4 +1,4 @@
-"""PAGEMAP_SCAN: get the pages that a process wrote, and protect them again, in one system call.
+"""PAGEMAP_SCAN: get the pages that a process wrote, and protect them again if wanted, in one system call.
 
 The pages must be watched by a userfaultfd with asynchronous write protection (Linux 6.7). The masks
 are exactly those that all such kernels report correctly: with others, some (Ubuntu's 6.8) call a page
@@ -67,10 +67,21 @@ class Scanner:
         Page 0 is at `address`. Every page returned is protected again when this returns, so that whoever
         reads its content afterwards either sees a later write or finds it in the next call's answer.
         """
+        return self._written(address, length_bytes, _WP_MATCHING | _CHECK_WPASYNC)
+
+    def get(self, address: int, length_bytes: int) -> Runs:
+        """As `get_and_clear`, and clears nothing: what was written once is in every answer.
+
+        Whoever has read a page's content before, and does not find it here, has read what it held when it was
+        protected.
+        """
+        return self._written(address, length_bytes, _CHECK_WPASYNC)
+
+    def _written(self, address: int, length_bytes: int, flags: int) -> Runs:
         pieces: list[NDArray[np.int64]] = []
         position, end = address, address + length_bytes
         while position < end:
-            found, position = self._scan(position, end)
+            found, position = self._scan(position, end, flags)
             pieces.append(self._regions[:found, :2] - address)
         self._check_alive(address)
         if not pieces:
@@ -92,11 +103,11 @@ class Scanner:
             os.close(self._fd)
             self._fd = -1
 
-    def _scan(self, start: int, end: int) -> tuple[int, int]:
+    def _scan(self, start: int, end: int, flags: int) -> tuple[int, int]:
         """Fill the buffer; return how many regions it holds, and how far the walk came."""
         argument = _ScanArgument(
             size=ctypes.sizeof(_ScanArgument),
-            flags=_WP_MATCHING | _CHECK_WPASYNC,
+            flags=flags,
             start=start,
             end=end,
             vec=self._regions.ctypes.data,

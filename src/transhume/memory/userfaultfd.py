@@ -54,6 +54,7 @@ _WRITEPROTECT = 0xC018AA06
 _WAKE = 0x8010AA02
 _COPY = 0xC028AA03
 _ZEROPAGE = 0xC020AA04
+_COPY_PROTECTED = 2
 _EVENT_PAGEFAULT = 0x12
 _MESSAGE = struct.Struct("<B7xQQI4x")
 _MAX_MESSAGES = 64
@@ -141,15 +142,19 @@ class Userfaultfd:
             if event == _EVENT_PAGEFAULT
         ]
 
-    def copy(self, address: int, source_address: int, length_bytes: int) -> int:
+    def copy(
+        self, address: int, source_address: int, length_bytes: int, write_protected: bool = False
+    ) -> int:
         """Place pages atomically and wake who waits for them; pages that are there already stay as they are.
 
-        `source_address` is in this process. Returns how many bytes were new. Raises as every call here; what
-        was placed until then stays.
+        `source_address` is in this process. With `write_protected` the range must be watched with
+        `REGISTER_WP` too, and the first write to a page is noticed as after `write_protect`, with no moment
+        between. Returns how many bytes were new. Raises as every call here; what was placed until then stays.
         """
+        mode = _COPY_PROTECTED if write_protected else 0
 
         def argument(done: int) -> bytes:
-            return struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, 0, 0)
+            return struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, mode, 0)
 
         return self._fill(_COPY, argument, address, length_bytes)
 

@@ -33,6 +33,15 @@ Either end may lose the other meanwhile. The source connects again, with both ro
 which alone knows, names what it lacks in MISSING frames and ends them with MISSING_END before the push goes
 on.
 
+With `verify` the destination knows which pages the guest has not written since the switchover, and the source
+still has them as they were. So they are compared when the last page has come, before PAGED::
+
+       |  <--------- DIGEST, EMPTY ...  the hash of some unwritten pages; some that hold nothing
+       |  <---------------- DIGESTS_END  how many pages that were
+       |  COMPARED -------------------->  how many were compared, and where they differ
+
+A MISSING_END of no pages then says whether that is still to come: only if it is not, the source lets go.
+
 At any time: PING from the source, answered by PONG; ABORT from the source; FAILED from the destination.
 Who closes without one of the last three is a lost host to the other end.
 
@@ -51,8 +60,9 @@ Every frame is a header of 28 bytes, little-endian, and a payload:
 
 The payload of PAGES is the table of runs (u32 first page, u32 number of pages; sorted, disjoint) and
 then the content of these pages in that order; that of ZERO, OWED, FETCH and MISSING is such a table alone;
-the pages of ZERO are all zeros. The payload of STATE is raw bytes. Every other payload is a JSON object of at
-most 64 KiB.
+so is that of EMPTY; the pages of ZERO and EMPTY are all zeros. That of DIGEST is a table and the SHA-256
+of the content of its pages in that order. The payload of STATE is raw bytes. Every other payload is a
+JSON object of at most 64 KiB.
 
 The header's layout and the CHALLENGE never change, so that two ends of any versions can name them
 both when they cannot talk. The source chooses the newest version that both speak.
@@ -79,6 +89,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from transhume.memory import runs as page_runs
+from transhume.memory.digest import DIGEST_BYTES
 from transhume.memory.runs import Runs
 from transhume.model.errors import PeerProtocolError, Unauthorized
 from transhume.model.migration import PagingReport
@@ -94,6 +105,8 @@ MAX_STATE_BYTES = 1 << 30
 MAX_RUNS = 4096
 MAX_PAGES = 4096
 """The most page content in one PAGES frame: 16 MiB. A frame that only names pages may name any number."""
+MAX_DIGEST_PAGES = 4096
+"""The most pages that one DIGEST stands for: whoever compares it must read them all."""
 
 Bytes = bytes | bytearray | memoryview
 """Whatever holds contiguous bytes."""
@@ -120,6 +133,7 @@ class FrameType(IntEnum):
     ABORT = 9
     FINISHED = 10
     OWED = 11
+    COMPARED = 12
     CHALLENGE = 32
     WELCOME = 33
     PASS_ACK = 34
@@ -133,6 +147,9 @@ class FrameType(IntEnum):
     MISSING = 42
     MISSING_END = 43
     PAGED = 44
+    DIGEST = 45
+    EMPTY = 46
+    DIGESTS_END = 47
 
     @property
     def from_source(self) -> bool:
@@ -310,10 +327,29 @@ class Finished(Message):
 
 
 class MissingEnd(Message):
-    """After a new connection: the MISSING frames before named every page that the destination lacks."""
+    """After a new connection: the MISSING frames before named every page that the destination lacks.
+
+    `to_compare`: when none is lacking any more, DIGEST frames will come, and the source is needed for them.
+    """
 
     frame_type = FrameType.MISSING_END
     pages: int = _Count
+    to_compare: bool = False
+
+
+class DigestsEnd(Message):
+    """The DIGEST and EMPTY frames before stood for so many pages: all that were not written."""
+
+    frame_type = FrameType.DIGESTS_END
+    pages: int = _Count
+
+
+class Compared(Message):
+    """So many pages were compared. `difference` says in words which of them differ; empty if none does."""
+
+    frame_type = FrameType.COMPARED
+    pages: int = _Count
+    difference: str = Field(default="", max_length=16 << 10)
 
 
 class Paged(Message):
@@ -344,10 +380,14 @@ _MESSAGES: dict[FrameType, type[Message]] = {
         Finished,
         MissingEnd,
         Paged,
+        DigestsEnd,
+        Compared,
     )
 }
 
-TABLE_FRAMES = frozenset({FrameType.ZERO, FrameType.OWED, FrameType.FETCH, FrameType.MISSING})
+TABLE_FRAMES = frozenset(
+    {FrameType.ZERO, FrameType.OWED, FrameType.FETCH, FrameType.MISSING, FrameType.EMPTY}
+)
 """Frames that are a table of runs and nothing else."""
 
 
@@ -377,7 +417,7 @@ def encode_zero(block_index: int, runs: Runs, version: int = VERSION) -> bytes:
 
 
 def encode_table(kind: FrameType, block_index: int, runs: Runs, version: int = VERSION) -> bytes:
-    """A whole frame that names pages: ZERO, OWED, FETCH or MISSING."""
+    """A whole frame that names pages: ZERO, OWED, FETCH, MISSING or EMPTY."""
     assert kind in TABLE_FRAMES
     assert 0 < len(runs) <= MAX_RUNS
     table = runs.astype("<u4").tobytes()
@@ -390,6 +430,14 @@ def encode_page_name(kind: FrameType, block_index: int, page: int, version: int 
     """
     length = _RUN_BYTES + (PAGE_BYTES if kind is FrameType.PAGES else 0)
     return _encode_header(kind, length, block_index, 1, version) + _RUN.pack(page, 1)
+
+
+def encode_digest(block_index: int, runs: Runs, digest: bytes, version: int = VERSION) -> bytes:
+    """A whole DIGEST frame: the table and the hash."""
+    assert 0 < len(runs) <= MAX_RUNS
+    assert len(digest) == DIGEST_BYTES
+    payload = runs.astype("<u4").tobytes() + digest
+    return _encode_header(FrameType.DIGEST, len(payload), block_index, len(runs), version) + payload
 
 
 def encode_state_header(chunk_bytes: int, version: int = VERSION) -> bytes:
@@ -487,7 +535,12 @@ class Decoder:
         reason = page_runs.fault(runs, self.block_pages[header.block_index])
         if reason:
             raise _wrong(header, f"for RAM block {header.block_index} is wrong: {reason}")
-        content_bytes = page_runs.page_count(runs) * PAGE_BYTES if header.type is FrameType.PAGES else 0
+        pages = page_runs.page_count(runs)
+        content_bytes = pages * PAGE_BYTES if header.type is FrameType.PAGES else 0
+        if header.type is FrameType.DIGEST:
+            content_bytes = DIGEST_BYTES
+            if pages > MAX_DIGEST_PAGES:
+                raise _wrong(header, f"stands for {pages} pages, over the limit, {MAX_DIGEST_PAGES}")
         if header.payload_bytes != header.table_bytes + content_bytes:
             raise _wrong(header, f"has {header.payload_bytes} bytes, which do not match its runs")
         return runs
@@ -518,7 +571,7 @@ class Decoder:
         kind, length = header.type, header.payload_bytes
         if kind is FrameType.INVALID or kind.from_source != (self.peer is End.SOURCE):
             raise _wrong(header, f"must not come from the {self.peer.value}")
-        if kind is FrameType.PAGES or kind in TABLE_FRAMES:
+        if kind in (FrameType.PAGES, FrameType.DIGEST) or kind in TABLE_FRAMES:
             self._check_runs_header(header)
         elif header.block_index or header.run_count:
             raise _wrong(header, "names a RAM block or runs")
@@ -533,7 +586,10 @@ class Decoder:
             raise _wrong(header, f"is for RAM block {header.block_index} of {len(self.block_pages)}")
         if not 0 < header.run_count <= MAX_RUNS:
             raise _wrong(header, f"has {header.run_count} runs, where 1 to {MAX_RUNS} are allowed")
-        pages, rest = divmod(header.payload_bytes - header.table_bytes, PAGE_BYTES)
+        content_bytes = header.payload_bytes - header.table_bytes
+        if header.type is FrameType.DIGEST:
+            content_bytes -= DIGEST_BYTES
+        pages, rest = divmod(content_bytes, PAGE_BYTES)
         wanted = range(header.run_count, MAX_PAGES + 1) if header.type is FrameType.PAGES else range(1)
         if rest or pages not in wanted:
             raise _wrong(header, f"has {header.payload_bytes} bytes, which do not match its runs")

@@ -8,6 +8,8 @@
     │   └── PreflightFailed every reason why a VM cannot move, at once
     ├── PeerProtocolError   the other end sent something that the protocol does not allow
     ├── VmmError            QEMU refused, failed or died
+    │   ├── PagesLost       pages that a VM elsewhere still lacks are held by nobody any more
+    │   └── MemoryDiffers   a VM runs with memory that is not what its source had
     ├── KernelError         the Linux kernel lacks or refused something that the engine needs
     ├── HostLost            a host does not answer
     ├── TimedOut            the limit of a wait was reached
@@ -98,6 +100,20 @@ class PagesLost(VmmError):
     code = "pages-lost"
 
 
+class MemoryDiffers(VmmError):
+    """A VM runs at its destination, and pages that it has not written there are not what its source had."""
+
+    code = "memory-differs"
+
+    @staticmethod
+    def words(vm: str, host: str, difference: str) -> str:
+        """What both ends say of it. `difference` names the RAM block and the pages."""
+        return (
+            f"VM {vm} runs at host {host} with memory that differs from what it had at the switchover: "
+            f"{difference}. End it with `transhume vm kill`, and start it from its disks"
+        )
+
+
 class KernelError(TranshumeError):
     """The Linux kernel lacks or refused something that the engine needs."""
 
@@ -158,6 +174,7 @@ ERRORS_BY_CODE: dict[str, type[TranshumeError]] = {
         PeerProtocolError,
         VmmError,
         PagesLost,
+        MemoryDiffers,
         KernelError,
         HostLost,
         TimedOut,

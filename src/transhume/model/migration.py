@@ -86,9 +86,9 @@ class MigrationOptions(BaseModel):
     `threshold_pages` or `threshold_fraction` (of all RAM pages) are left (claim 13), or no progress
     is made. `bandwidth_bytes_s` paces the pre-copy (None: as fast as possible). `deadline_s` counts
     from the request. `peer_silence_limit_s` is how long the other end may say nothing;
-    `wait_limit_s` how long a prepared destination waits for its source (step 3A). `verify` compares a
-    hash of all RAM at the switchover, which lengthens the downtime by the time to read it; then nothing is
-    left for after the resume.
+    `wait_limit_s` how long a prepared destination waits for its source (step 3A). `verify` compares
+    hashes of the RAM at both ends: of all of it at the switchover, which lengthens the downtime by the time
+    to read it; or, when pages are owed after the resume, of every page not written since, once all are there.
 
     `mode` and `rest` choose the order of transfer; `rest` is None when the mode decides. `iterations` ends
     the pre-copy after so many passes, whatever is left then. `post_copy` False keeps every page from being
@@ -123,7 +123,7 @@ class MigrationOptions(BaseModel):
         if self.rest is not None:
             return self.rest.after_resume
         if self.mode is Mode.AUTO:
-            return self.post_copy and not self.verify
+            return self.post_copy
         return self.mode in (Mode.POST_COPY, Mode.HYBRID)
 
     @model_validator(mode="after")
@@ -137,11 +137,6 @@ class MigrationOptions(BaseModel):
         if self.mode in (Mode.POST_COPY, Mode.HYBRID) and self.rest is not None and not after_resume:
             raise ValueError(
                 f"mode {self.mode} leaves pages for after the resume, and rest {self.rest} does not"
-            )
-        if self.verify and (self.mode in (Mode.POST_COPY, Mode.HYBRID) or after_resume):
-            raise ValueError(
-                "verify compares all RAM at the switchover, and then some is still owed: leave it out, "
-                "or choose mode pre-copy"
             )
         if self.mode is Mode.POST_COPY and self.iterations is not None:
             raise ValueError("mode post-copy makes no pass before the switchover: leave the iterations out")
@@ -200,6 +195,10 @@ class PagingReport(BaseModel):
     needed the source. `sent_twice_bytes` came once on demand and once in the background. `complete`: the
     destination itself has said that it lacks nothing. `link_lost_ms` is
     the time without a connection, `link_losses` how often that began.
+
+    With `verify`: `verified_pages`, empty ones too, were not written since the switchover and equal the
+    source's by hash; `written_pages` were written at the destination before that was known, so that nobody
+    can compare them. Without any verified page nothing was verified.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -219,6 +218,8 @@ class PagingReport(BaseModel):
     sent_twice_bytes: int = 0
     link_losses: int = 0
     link_lost_ms: float = 0.0
+    verified_pages: int = 0
+    written_pages: int = 0
 
 
 class MigrationReport(BaseModel):

@@ -153,8 +153,9 @@ class Link:
 class Paging:
     """A guest process, the memory that it left behind, and whatever runs between them."""
 
-    def __init__(self, guest: Guest, source: GuestRam, on_demand: bool) -> None:
+    def __init__(self, guest: Guest, source: GuestRam, on_demand: bool, tracks_writes: bool) -> None:
         self.guest = guest
+        self.tracks_writes = tracks_writes
         self.source = source
         self.block_pages = [each.page_count for each in source.blocks]
         self.owed = owed_pages(self.block_pages)
@@ -169,7 +170,14 @@ class Paging:
         self.serving: threading.Thread | None = None
 
     def make_pager(self) -> Pager:
-        return Pager(self.guest.uffd, self.guest.ram, self._note_all_placed, self.lost.append, self.on_demand)
+        return Pager(
+            self.guest.uffd,
+            self.guest.ram,
+            self._note_all_placed,
+            self.lost.append,
+            self.on_demand,
+            self.tracks_writes,
+        )
 
     def _note_all_placed(self) -> None:
         self.placed_calls += 1
@@ -231,18 +239,20 @@ class Paging:
 
 
 @contextlib.contextmanager
-def paging_of(block_pages: Sequence[int] = BLOCK_PAGES, on_demand: bool = True) -> Iterator[Paging]:
+def paging_of(
+    block_pages: Sequence[int] = BLOCK_PAGES, on_demand: bool = True, tracks_writes: bool = False
+) -> Iterator[Paging]:
     with guest_process(block_pages) as guest, source_ram(block_pages) as source:
-        each = Paging(guest, source, on_demand)
+        each = Paging(guest, source, on_demand, tracks_writes)
         try:
             yield each
         finally:
             each.close()
 
 
-@pytest.fixture
-def paging() -> Iterator[Paging]:
-    with paging_of() as each:
+@pytest.fixture(params=[False, True], ids=["", "tracks-writes"])
+def paging(request: pytest.FixtureRequest) -> Iterator[Paging]:
+    with paging_of(tracks_writes=request.param) as each:
         yield each
 
 
@@ -461,16 +471,17 @@ def test_a_frame_that_is_no_answer_places_nothing(paging: Paging) -> None:
 
 def test_a_first_touch_waits_for_memory(paging: Paging, monkeypatch: pytest.MonkeyPatch) -> None:
     paging.arm()
-    really = paging.guest.uffd.zero_fill
+    fills = "copy" if paging.tracks_writes else "zero_fill"
+    really: Callable[..., int] = getattr(paging.guest.uffd, fills)
     tries: list[int] = []
 
-    def short_of_memory(address: int, length_bytes: int) -> int:
+    def short_of_memory(address: int, *arguments: int, **others: bool) -> int:
         tries.append(address)
         if len(tries) == 1:
             raise KernelError("no memory left")
-        return really(address, length_bytes)
+        return really(address, *arguments, **others)
 
-    monkeypatch.setattr(paging.guest.uffd, "zero_fill", short_of_memory)
+    monkeypatch.setattr(paging.guest.uffd, fills, short_of_memory)
     paging.guest.read_later(0, 5)
     wait_until(lambda: len(tries) > 1)
     assert paging.threads.failures == []
@@ -483,12 +494,12 @@ def test_what_was_placed_before_a_failure_stays_placed(
     really = paging.guest.uffd.copy
     tries: list[int] = []
 
-    def fails_in_the_middle(address: int, source_address: int, length_bytes: int) -> int:
+    def fails_in_the_middle(address: int, source_address: int, length_bytes: int, protected: bool) -> int:
         tries.append(address)
         if len(tries) == 2:
             paging.pager.stop()
             raise KernelError("no memory left")
-        return really(address, source_address, length_bytes)
+        return really(address, source_address, length_bytes, protected)
 
     monkeypatch.setattr(paging.guest.uffd, "copy", fails_in_the_middle)
     with pytest.raises(KernelError):

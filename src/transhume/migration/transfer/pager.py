@@ -4,6 +4,10 @@ A page comes in answer to a fault, on the fault connection, or by itself, on the
 placed with UFFDIO_COPY, atomically, and never over a page that is there: the guest may have written it.
 A first touch of memory that the source never had is answered here, with zeros, and costs no traffic.
 
+Where the memory is to be verified, everything is write-protected before the guest can reach it: what is there
+already when the pager is armed, each page as it is placed. So the kernel knows every page that the guest has
+written from its first instruction on, and keeps that for a successor too.
+
 Threads: `serve_faults` runs in a thread of its own, `push` and `push_zeros` in that of the main connection;
 `attach` and `stop` may be called from anywhere. QEMU keeps a userfaultfd of its own open, so whatever happens
 to this process, a missing page is waited for and never read as zeros.
@@ -22,7 +26,7 @@ import numpy as np
 from transhume.memory import runs as page_runs
 from transhume.memory.ram import GuestBlock, GuestRam
 from transhume.memory.runs import Runs
-from transhume.memory.userfaultfd import REGISTER_MISSING, Fault, Userfaultfd
+from transhume.memory.userfaultfd import REGISTER_MISSING, REGISTER_WP, Fault, Userfaultfd
 from transhume.migration.paging.missing import Condition, MissingPages
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.wire import FrameType, encode_page_name, encode_table
@@ -43,7 +47,8 @@ class Pager:
 
     `on_all_placed` is called once, from whichever thread placed the last page, `on_link_lost` with the reason
     when the fault connection breaks. `on_demand` False never asks for a page: whoever waits, waits for the
-    push.
+    push. `tracks_writes` keeps account of the pages that the guest writes, in the kernel, which costs it a
+    fault for the first write to each.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Pager:
         on_all_placed: Callable[[], None],
         on_link_lost: Callable[[TranshumeError], None],
         on_demand: bool = True,
+        tracks_writes: bool = False,
     ) -> None:
         self.missing = MissingPages([each.page_count for each in ram.blocks])
         self._uffd = uffd
@@ -60,6 +66,9 @@ class Pager:
         self._on_all_placed = on_all_placed
         self._on_link_lost = on_link_lost
         self._on_demand = on_demand
+        self._tracks_writes = tracks_writes
+        self._modes = REGISTER_MISSING | (REGISTER_WP if tracks_writes else 0)
+        self._zeros = bytearray(_BUFFER_PAGES * PAGE_BYTES if tracks_writes else 0)
         self._stopping = threading.Event()
         self._channel: FrameChannel | None = None
         self._waiting: dict[tuple[int, int], float] = {}
@@ -75,6 +84,8 @@ class Pager:
         self._link_losses = 0
         self._link_lost_s = 0.0
         self._link_lost_since_s: float | None = None
+        self._verified_pages = 0
+        self._written_pages = 0
 
     # --- before the VM runs ----------------------------------------------------------------------
 
@@ -89,18 +100,21 @@ class Pager:
             self.missing.owe(index, runs)
             self._owed_pages += page_runs.page_count(runs)
         for block in self._ram.blocks:
-            self._uffd.register(block.address, block.block.size_bytes, REGISTER_MISSING)
+            self._uffd.register(block.address, block.block.size_bytes, self._modes)
+            if self._tracks_writes:
+                self._uffd.write_protect(block.address, block.block.size_bytes)
 
     def recover(self, owed: Sequence[Runs]) -> None:
         """Take over from a pager that died: what is in memory was placed, the rest of `owed` is missing.
 
+        Nothing is protected again: the kernel has kept what the guest wrote since it runs here.
         Faults that the dead one had read are lost with it: everybody who waits is told to look again.
         """
         for index, (block, runs) in enumerate(zip(self._ram.blocks, owed, strict=True)):
             self.missing.owe(index, page_runs.subtract(runs, block.populated_runs()))
             self._owed_pages += page_runs.page_count(runs)
         for block in self._ram.blocks:
-            self._uffd.register(block.address, block.block.size_bytes, REGISTER_MISSING)
+            self._uffd.register(block.address, block.block.size_bytes, self._modes)
             self._uffd.wake(block.address, block.block.size_bytes)
 
     def disarm(self) -> None:
@@ -151,8 +165,10 @@ class Pager:
         elif condition is not Condition.PLACING:
             # Never owed, or given away by the guest since: zeros. If it is there by now, who waits is woken.
             address = _address(self._ram.blocks[index], page)
+            # What the guest has given away since it came counts as written: the source has something else.
+            place = self._place_zero_pages if condition is Condition.FREE else self._uffd.zero_fill
             try:
-                self._zero_filled_pages += self._uffd.zero_fill(address, PAGE_BYTES) // PAGE_BYTES
+                self._zero_filled_pages += place(address, PAGE_BYTES) // PAGE_BYTES
             except KernelError:
                 # No memory now: who waits is told to look again, and faults anew.
                 self._stopping.wait(_RETRY_S)
@@ -204,9 +220,9 @@ class Pager:
         self._fetched_pages += 1
         if header.type is FrameType.PAGES:
             source = self._buffer_address + header.table_bytes
-            self._insist(lambda: self._uffd.copy(address, source, PAGE_BYTES), index, page)
+            self._insist(lambda: self._place_pages(address, source, PAGE_BYTES), index, page)
         else:
-            self._insist(lambda: self._uffd.zero_fill(address, PAGE_BYTES), index, page)
+            self._insist(lambda: self._place_zero_pages(address, PAGE_BYTES), index, page)
         left_pages = self.missing.settle_page(index, page)
         self._latencies_s.append(time.monotonic() - self._waiting.pop((index, page)))
         if left_pages == 0:
@@ -270,7 +286,7 @@ class Pager:
         self._carry_out(
             block_index,
             claimed,
-            lambda first, count: self._uffd.zero_fill(_address(block, first), count * PAGE_BYTES),
+            lambda first, count: self._place_zero_pages(_address(block, first), count * PAGE_BYTES),
         )
 
     def _place(self, block_index: int, runs: Runs, content_address: int, pushed: bool) -> None:
@@ -285,8 +301,21 @@ class Pager:
         self._carry_out(
             block_index,
             claimed,
-            lambda first, count: self._uffd.copy(_address(block, first), source[first], count * PAGE_BYTES),
+            lambda first, count: self._place_pages(_address(block, first), source[first], count * PAGE_BYTES),
         )
+
+    def _place_pages(self, address: int, source_address: int, length_bytes: int) -> int:
+        return self._uffd.copy(address, source_address, length_bytes, self._tracks_writes)
+
+    def _place_zero_pages(self, address: int, length_bytes: int) -> int:
+        """The kernel's own zeros come without protection: a write between the two would not be noticed."""
+        if not self._tracks_writes:
+            return self._uffd.zero_fill(address, length_bytes)
+        new = 0
+        for done in range(0, length_bytes, len(self._zeros)):
+            step_bytes = min(len(self._zeros), length_bytes - done)
+            new += self._uffd.copy(address + done, _address_of(self._zeros), step_bytes, write_protected=True)
+        return new
 
     def _carry_out(self, block_index: int, claimed: Runs, place: Callable[[int, int], int]) -> None:
         """Place claimed runs, one after the other."""
@@ -322,6 +351,10 @@ class Pager:
 
     # --- what it was like ------------------------------------------------------------------------
 
+    def note_verified(self, verified_pages: int, written_pages: int) -> None:
+        """Nothing is missing, and so many pages that the guest has not written equal the source's."""
+        self._verified_pages, self._written_pages = verified_pages, written_pages
+
     def report(self) -> PagingReport:
         """The figures so far."""
         latencies_us = np.array(self._latencies_s) * 1e6
@@ -345,6 +378,8 @@ class Pager:
             sent_twice_bytes=self._sent_twice_bytes,
             link_losses=self._link_losses,
             link_lost_ms=self._link_lost_s * 1000,
+            verified_pages=self._verified_pages,
+            written_pages=self._written_pages,
         )
 
 
