@@ -18,7 +18,9 @@ from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
 from transhume.model.errors import Refused, StoreError
+from transhume.store.election import Election, LocalElection
 from transhume.store.etcd import EtcdStore
+from transhume.store.etcd_election import EtcdElection
 from transhume.store.etcd_gateway import EtcdGateway
 from transhume.store.etcd_http import Endpoint
 from transhume.store.interface import Store
@@ -69,6 +71,11 @@ async def open_store(url: str) -> Store:
         return await SqliteStore.open(address.path)
     tls = None if address.tls is None else _tls_context(dict(address.tls))
     return await EtcdStore.open(EtcdGateway(address.endpoints, tls), address.prefix)
+
+
+def open_election(store: Store, candidate: str) -> Election:
+    """The election that goes with a store. `candidate` names this host to the others."""
+    return EtcdElection(store, candidate) if isinstance(store, EtcdStore) else LocalElection(store, candidate)
 
 
 def _parse_sqlite(url: str, rest: str) -> SqliteAddress:
