@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ class Daemons:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.later_s = 0.0
         self.alpha, self.beta = ScriptedHost("alpha"), ScriptedHost("beta")
         self.alpha_config = self.config("alpha", "a" * 64)
         self.beta_config = self.config("beta", "")
@@ -71,6 +73,7 @@ class Daemons:
             self.store,
             lambda host, secret: self.links(host, secret),
             self.alpha_config,
+            clock_s=lambda: time.time() + self.later_s,
             limits=Limits(silent_after_s=3600.0),
         )
 

@@ -15,7 +15,15 @@ from tests.cli.command import finish, start, transhume
 
 from transhume.cli.session import demand_root
 from transhume.model.errors import Refused, VmmError
-from transhume.model.migration import DowntimeReport, Migration, MigrationReport, Outcome, Phase, Progress
+from transhume.model.migration import (
+    DowntimeReport,
+    Migration,
+    MigrationReport,
+    Outcome,
+    PagingReport,
+    Phase,
+    Progress,
+)
 from transhume.model.orders import Adjustment, CancelReply, DestinationFacts, MigrationUpdate
 from transhume.model.vm import Ownership
 
@@ -273,6 +281,34 @@ async def test_a_migration_under_way_is_given_other_limits() -> None:
         refused = await transhume(alpha, "migration", identity, "switch-to-post-copy")
         assert refused.code == 2
         assert "it is past its pre-copy" in refused.err
+
+
+async def test_a_vm_is_revived_when_a_person_says_so() -> None:
+    async with two_daemons() as d:
+        await d.running_vm("web")
+        alpha = d.alpha_config.state_dir
+        refused = await transhume(alpha, "vm", "revive", "web")
+        assert (refused.code, "--from-switchover" in refused.err) == (2, True)
+        idle = await transhume(alpha, "vm", "revive", "web", "--from-switchover", "--yes")
+        assert (idle.code, "is not moving" in idle.err) == (2, True)
+        await transhume(alpha, "migrate", "web", "--detach")
+        await play(d, lose_its_destination)
+        unsure = await transhume(alpha, "vm", "revive", "web", "--from-switchover")
+        assert unsure.code == 2
+        assert "switch it off first" in unsure.err
+        assert "nothing was changed" in unsure.err
+        done = await transhume(alpha, "vm", "revive", "web", "--from-switchover", "--yes")
+        assert (done.code, done.out) == (0, "VM web runs on alpha again, as it was suspended\n"), done.err
+
+
+async def lose_its_destination(d: Daemons, migration: Migration) -> None:
+    reply = await d.controller.swap_ownership(
+        "web", Ownership(owner="alpha", epoch=1), Ownership(owner="beta", epoch=2)
+    )
+    assert reply.won
+    await tell(d, migration, Phase.PAGING, report=MigrationReport(paging=PagingReport(owed_pages=9)))
+    d.later_s = 7200.0
+    await d.controller.heartbeat("alpha", d.alpha.inventory_now, d.alpha.states)
 
 
 async def test_a_console_of_a_script() -> None:

@@ -1,6 +1,7 @@
 """A destination that is lost while pages are owed: the VM comes back as it was suspended.
 
-When a person says so and never by itself, never while the destination answers, and a destination that returns ends what it still has.
+When a person says so and never by itself, never while the destination answers; and a destination that returns
+ends what it still has.
 """
 
 from __future__ import annotations

@@ -789,8 +789,20 @@ def test_a_destination_that_has_finished_needs_no_more(talk: Talk) -> None:
 @conversation(after=(to_reconnecting,))
 def test_memory_that_nobody_holds_ends_it(talk: Talk) -> None:
     gone = ev.CommandFailed("Reconnect", PagesLost.code, "QEMU has ended, and nobody else has its memory")
-    talk.tell(gone, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    talk.tell(gone, ev.AskController())
+    talk.wait(RECONNECT_S + 0.1, ev.AskController())  # as long as nobody answers
+    going_on = ev.MigrationKnown(going_on=True)
+    talk.tell(going_on, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
     assert talk.machine.error_code == "pages-lost"
+
+
+@conversation(after=(to_reconnecting,))
+def test_memory_that_nobody_needs_any_more_is_no_loss(talk: Talk) -> None:
+    gone = ev.CommandFailed("Reconnect", PagesLost.code, "QEMU has ended, and nobody else has its memory")
+    talk.tell(gone, ev.AskController())
+    paged = ev.MigrationKnown(going_on=True, paged=True)
+    talk.tell(paged, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    assert talk.machine.error_code == ""
 
 
 @conversation(after=(to_reconnecting,))
@@ -833,8 +845,11 @@ def test_a_successor_that_cannot_begin_frees_nothing_that_is_owed(talk: Talk) ->
 @conversation()
 def test_memory_that_died_with_qemu_and_mover_is_told(talk: Talk) -> None:
     talk.tell(ev.QemuDied("it was not running when the mover started"))
+    looks = (ev.StopWork(), ev.Publish(), ev.Reconnect())
+    talk.tell(ev.Recovered(state_may_be_sent=True, paging=True), *looks, then=S.RECONNECTING)
+    talk.tell(ev.CommandFailed("Reconnect", PagesLost.code, "nobody has its memory"), ev.AskController())
     answers = (ev.StopWork(), ev.Publish(), ev.RetireVm())
-    talk.tell(ev.Recovered(state_may_be_sent=True, paging=True), *answers, then=S.RETIRING)
+    talk.tell(ev.MigrationKnown(going_on=True), *answers, then=S.RETIRING)
     talk.tell(ev.VmRetired(), ev.TellPeerFinished(), ev.Publish(ended=True), then=S.DONE)
     assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "pages-lost")
     assert talk.machine.runs_at == "destination host south"
@@ -899,6 +914,53 @@ def to_search(talk: Talk) -> None:
 def to_reviving(talk: Talk) -> None:
     to_search(talk)
     talk.tell(ev.ReviveRequested(), ev.SwapBack(), ev.Publish(), then=S.REVIVING)
+
+
+DIFFERS = ev.MemoryDiffers("page 7 of transhume-ram0")
+
+
+@conversation(after=(to_reconnecting,), verify=True)
+def test_a_destination_that_is_still_to_be_verified_needs_the_source(talk: Talk) -> None:
+    talk.tell(ev.Reconnected(0, to_compare=True), ev.StartPush(), ev.Publish(), then=S.PAGING)
+    talk.tell(PAGED, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+
+
+@conversation(
+    after=(to_owing_state, to_owing_awaiting_commit, to_owing_resolving, to_owing_committed, to_paging),
+    verify=True,
+)
+def test_memory_that_differs_is_let_go_when_the_record_says_so(talk: Talk) -> None:
+    """The destination ends its mover when it has heard of it; whatever comes first."""
+    talk.tell(DIFFERS)
+    if talk.machine.state is not S.PAGING:
+        push = (ev.StartPush(),) if talk.machine.state is S.STATE else ()
+        talk.tell(PEER_RUNNING, *push, ev.Publish(), then=S.PAGING)
+    looks_again(talk, LINK_LOST)
+    talk.tell(failed(ev.Reconnect))
+    talk.tell(ev.MigrationKnown(going_on=True))
+    known = ev.MigrationKnown(going_on=False, failed=True)
+    talk.tell(known, ev.StopWork(), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    talk.tell(ev.VmRetired(), ev.TellPeerFinished(), ev.Publish(ended=True), then=S.DONE)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "memory-differs")
+    assert "runs at host south with memory that differs" in talk.machine.error
+    assert "page 7 of transhume-ram0" in talk.machine.error
+    assert talk.machine.runs_at == "destination host south"
+
+
+@conversation(after=(to_paging, to_reconnecting), verify=True)
+def test_memory_that_differed_is_never_forgotten(talk: Talk) -> None:
+    """The destination's mover died before it had said so, and its successor knows nothing of it."""
+    talk.tell(DIFFERS)
+    if talk.machine.state is S.PAGING:
+        looks_again(talk, LINK_LOST)
+    talk.tell(ev.Reconnected(0), ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    talk.tell(ev.VmRetired(), ev.TellPeerFinished(), ev.Publish(ended=True), then=S.DONE)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "memory-differs")
+
+
+@conversation(after=(to_retiring, to_resuming, to_reviving))
+def test_late_word_of_a_difference_changes_nothing(talk: Talk) -> None:
+    talk.echoes(DIFFERS)
 
 
 @conversation(after=(to_paging,))

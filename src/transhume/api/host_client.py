@@ -19,6 +19,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
+    FolderFacts,
+    FolderProbe,
     Prepared,
     PrepareOrder,
     ReviveReply,
@@ -85,6 +87,9 @@ class HostClient:
 
     async def destination_facts(self, spec: VmSpec) -> DestinationFacts:
         return await self._calls.ask("POST", "/destination-facts", DestinationFacts, spec)
+
+    async def probe_folder(self, order: FolderProbe) -> FolderFacts:
+        return await self._calls.ask("POST", "/probe-folder", FolderFacts, order)
 
     async def sample_dirty_rate(self, vm: str, duration_s: float) -> DirtySample:
         body = {"duration_s": duration_s}

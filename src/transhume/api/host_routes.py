@@ -26,6 +26,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
+    FolderFacts,
+    FolderProbe,
     Prepared,
     PrepareOrder,
     ReviveReply,
@@ -97,6 +99,10 @@ def _add_migration_routes(router: APIRouter, host: HostLink) -> None:
     @router.post("/destination-facts")
     async def destination_facts(spec: VmSpec) -> DestinationFacts:
         return await host.destination_facts(spec)
+
+    @router.post("/probe-folder")
+    async def probe_folder(order: FolderProbe) -> FolderFacts:
+        return await host.probe_folder(order)
 
     @router.post("/vms/{name}/sample-dirty-rate")
     async def sample_dirty_rate(name: Name, body: SampleRequest) -> DirtySample:

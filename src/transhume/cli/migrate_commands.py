@@ -85,6 +85,22 @@ def migrate(
             help="After the resume: wait so long for a source that was lost; default: for ever.",
         ),
     ] = None,
+    safe: Annotated[
+        str | None,
+        typer.Option(
+            "--safe",
+            metavar="DIR",
+            help="While pages are owed, write them to this folder too, on storage that both hosts reach.",
+        ),
+    ] = None,
+    residual_limit: Annotated[
+        str | None,
+        typer.Option(
+            "--residual-limit",
+            metavar="S",
+            help="Owe pages only when few enough are left to be there within this time after the resume.",
+        ),
+    ] = None,
     max_iterations: Annotated[int, typer.Option("--max-iterations")] = _DEFAULTS.max_iterations,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare a hash of all RAM; lengthens the downtime.")
@@ -112,6 +128,8 @@ def migrate(
         "rest": rest,
         "post_copy": not no_post_copy,
         "give_up_after_s": None if give_up_after is None else parse_time_s(give_up_after),
+        "safe_dir": safe,
+        "residual_limit_s": None if residual_limit is None else parse_time_s(residual_limit),
         "max_iterations": max_iterations,
         "verify": verify,
     }

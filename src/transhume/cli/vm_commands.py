@@ -137,7 +137,7 @@ def revive(
     if current.as_json:
         say_json({"offer": plain(offer), "reply": plain(reply)})
     else:
-        say(f"VM {name} runs on {reply.runs_at} again, as it was suspended")
+        say(f"VM {name} runs on {offer.source} again, as it was suspended")
 
 
 def _confirm(offer: Revival) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transhume.farm.members import Members
 from transhume.farm.merge import join_reports, merged
 from transhume.farm.records import FarmRecords, VmRecord, encode, migration_key, ownership_key, vm_key
-from transhume.model.errors import Conflict, NotFound
+from transhume.model.errors import Conflict, NotFound, PagesLost
 from transhume.model.migration import Migration, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
 from transhume.model.vm import Ownership, VmState
@@ -90,7 +90,8 @@ class Endings:
     async def add_late_report(self, update: MigrationUpdate) -> None:
         """Join what the other end says into a record that has ended.
 
-        Its report is added; and that the VM was lost after all, when nobody had heard of it before.
+        Its report is added; and that the VM was lost after all, when nobody had heard of it before, or that
+        it was not, when the destination found in a safe copy what its source had lost.
         """
         while True:
             kept = await self._records.migration(update.migration)
@@ -105,6 +106,13 @@ class Endings:
                     "outcome": Outcome.FAILED,
                     "error_code": claim.error_code,
                     "error": claim.error,
+                    "runs_at": claim.runs_at,
+                }
+            if kept.record.error_code == PagesLost.code and _found_elsewhere(claim):
+                changes |= {
+                    "outcome": Outcome.COMPLETED,
+                    "error_code": "",
+                    "error": "",
                     "runs_at": claim.runs_at,
                 }
             record = kept.record.model_copy(update=changes)
@@ -174,6 +182,13 @@ def _lost_after_commit(claim: Claim) -> bool:
     """
     update = claim.update
     return claim.outcome is Outcome.FAILED and update is not None and update.phase is Phase.DONE
+
+
+def _found_elsewhere(claim: Claim) -> bool:
+    """Whether the destination says that it lacks nothing, whatever its source believed."""
+    report = None if claim.update is None else claim.update.report
+    paging = None if report is None else report.paging
+    return claim.outcome is Outcome.COMPLETED and paging is not None and paging.complete
 
 
 def _freed(vm: VmRecord) -> VmRecord:

@@ -13,6 +13,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
+    FolderFacts,
+    FolderProbe,
     Prepared,
     PrepareOrder,
     ReviveReply,
@@ -67,6 +69,10 @@ class HostLink(Protocol):
     async def source_facts(self, vm: str) -> SourceFacts: ...
 
     async def destination_facts(self, spec: VmSpec) -> DestinationFacts: ...
+
+    async def probe_folder(self, order: FolderProbe) -> FolderFacts:
+        """One step of finding out whether hosts share a folder."""
+        ...
 
     async def sample_dirty_rate(self, vm: str, duration_s: float) -> DirtySample: ...
 

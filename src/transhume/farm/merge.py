@@ -71,14 +71,22 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
 
 
 def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingReport | None:
-    """The one that knows more: the destination's own word. How long it was needed the source knows."""
+    """The one that knows more: the destination's own word. How long it was needed, and what became of the
+    safe copy, the source knows.
+    """
     if held is None or new is None:
         return new or held
     fuller = max(
         held, new, key=lambda each: (each.complete, each.faults + each.pushed_pages, each.owed_pages)
     )
-    residual_ms = max(held.residual_ms, new.residual_ms)
-    return fuller.model_copy(update={"residual_ms": residual_ms})
+    return fuller.model_copy(
+        update={
+            "residual_ms": max(held.residual_ms, new.residual_ms),
+            "safe_copy_pages": max(held.safe_copy_pages, new.safe_copy_pages),
+            "safe_copy_ms": held.safe_copy_ms if new.safe_copy_ms is None else new.safe_copy_ms,
+            "safe_copy_error": new.safe_copy_error or held.safe_copy_error,
+        }
+    )
 
 
 def _later(held: Phase, new: Phase) -> Phase:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transhume.farm.members import HostStatus, Members
 from transhume.farm.preflight import destination_reasons, source_reasons
+from transhume.farm.shared_storage import folder_reasons
 from transhume.model.errors import HostLost, NotFound, PreflightFailed
 from transhume.model.migration import MigrationOptions
 from transhume.model.orders import DestinationFacts, SourceFacts
@@ -54,6 +55,15 @@ async def survey(members: Members, vm: Vm, to: str | None, options: MigrationOpt
         destination_reasons(vm, source, facts, host, answer, options)
         for host, answer in zip(candidates, found, strict=True)
     ]
+    if options.safe_dir is not None:
+        unshared, by_host = await folder_reasons(
+            options.safe_dir,
+            facts.spec.memory_bytes,
+            (source.name, members.link(source.name)),
+            [(host.name, members.link(host.name)) for host in candidates],
+        )
+        general += unshared
+        against = [(*reasons, *more) for reasons, more in zip(against, by_host, strict=True)]
     if to is not None:
         return Survey(vm, source, facts, candidates[0], (*general, *against[0]))
     best = _most_memory(

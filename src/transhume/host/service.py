@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from transhume.host.config import HostConfig
@@ -10,6 +11,7 @@ from transhume.host.controller_link import ControllerLink
 from transhume.host.dirty_sample import sample
 from transhume.host.inventory import Inventory
 from transhume.host.movers import Movers
+from transhume.host.shared_folder import probe
 from transhume.host.switchover_cost import SwitchoverCost
 from transhume.host.vms import LocalVms
 from transhume.migration.driver.job import MoverJob, Role
@@ -22,6 +24,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
+    FolderFacts,
+    FolderProbe,
     MigrationUpdate,
     Prepared,
     PrepareOrder,
@@ -113,6 +117,9 @@ class HostService:
             disk_obstacles=tuple(await self._disk_obstacles(spec)),
             file_obstacles=tuple(await self._file_obstacles(spec)),
         )
+
+    async def probe_folder(self, order: FolderProbe) -> FolderFacts:
+        return await asyncio.to_thread(probe, order)
 
     async def sample_dirty_rate(self, vm: str, duration_s: float) -> DirtySample:
         """Track the VM's writes for `duration_s`. `Conflict` while it is being moved."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event, Machine, Rule, ignored
-from transhume.model.errors import PagesLost
+from transhume.model.errors import MemoryDiffers, PagesLost
 from transhume.model.migration import Migration, Outcome, Phase
 
 ASK_AGAIN_S = 2.0
@@ -29,6 +29,9 @@ SWAP_RETRY_S = 0.5
 RESUME_ATTEMPTS = 5
 REVOKED = "revoked"
 """The error code of a VM that ran here and was taken back while this host could not be reached."""
+
+COMPARE_WAIT_S = 60.0
+"""How long a VM that has all its pages waits for a lost source to verify them, before it goes without."""
 
 FINISH_LIMIT_S = 15.0
 """How long a running destination waits for the source's farewell."""
@@ -113,6 +116,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.StateLoaded: Rule("_state_loaded", (D.COMMITTING,)),
             ev.LastPagesReceived: Rule("_more_owed", ()),
             ev.AllPaged: Rule("_note_all_paged", ()),
+            ev.AllPlaced: Rule("_note_all_placed", ()),
             ev.Tick: Rule("_tick_silence", (D.DESTROYING,)),
         },
         D.COMMITTING: {
@@ -134,6 +138,7 @@ class DestinationMachine(Machine[DestinationState]):
             ev.LinkLost: Rule("_note_source_lost", ()),
             ev.SourceConnected: Rule("_note_source_back", ()),
             ev.AllPaged: Rule("_note_all_paged", ()),
+            ev.AllPlaced: Rule("_note_all_placed", ()),
         },
         D.REVOKING: {
             ev.SwapWon: Rule("_revoked", (D.DESTROYING,)),
@@ -153,10 +158,12 @@ class DestinationMachine(Machine[DestinationState]):
             ev.LinkLost: Rule("_note_source_lost", ()),
             ev.SourceConnected: Rule("_note_source_back", ()),
             ev.AllPaged: Rule("_note_all_paged", ()),
+            ev.AllPlaced: Rule("_note_all_placed", ()),
         },
         D.RESUMING: {
             ev.VmResumed: Rule("_resumed", (D.PAGING, D.RUNNING)),
             ev.AllPaged: Rule("_note_all_paged", ()),
+            ev.AllPlaced: Rule("_note_all_placed", ()),
             ev.LinkLost: Rule("_note_source_lost", ()),
             ev.SourceConnected: Rule("_note_source_back", ()),
             ev.CommandFailed: Rule("_resume_failed", (D.DONE,)),
@@ -176,17 +183,20 @@ class DestinationMachine(Machine[DestinationState]):
         },
         D.PAGING: {
             ev.AllPaged: Rule("_all_paged", (D.RUNNING,)),
+            ev.AllPlaced: Rule("_all_placed", ()),
+            ev.MemoryDiffers: Rule("_memory_differs", (D.DONE,)),
             ev.LinkLost: Rule("_source_lost", ()),
             ev.SourceConnected: Rule("_source_back", ()),
             ev.PeerHeard: Rule("_heard", ()),
-            ev.Tick: Rule("_tick_paging", (D.DONE,)),
+            ev.Tick: Rule("_tick_paging", (D.RUNNING, D.DONE)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
-            ev.MigrationKnown: Rule("_known_while_paging", (D.DESTROYING, D.DONE)),
+            ev.MigrationKnown: Rule("_known_while_paging", (D.RUNNING, D.DESTROYING, D.DONE)),
+            ev.SafeCopyRead: Rule("_safe_copy_read", (D.DONE,)),
+            ev.CommandFailed: Rule("_safe_copy_failed", (D.DONE,)),
             **ignored(
                 ev.PeerAborted,
                 ev.PeerFinished,
                 ev.CancelRequested,
-                ev.CommandFailed,
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
@@ -196,6 +206,7 @@ class DestinationMachine(Machine[DestinationState]):
         D.RUNNING: {
             ev.PeerFinished: Rule("_finished", (D.DONE,)),
             ev.LinkLost: Rule("_finished_alone", (D.DONE,)),
+            ev.MemoryDiffers: Rule("_memory_differs", (D.DONE,)),
             ev.Tick: Rule("_tick_running", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
             **ignored(
@@ -206,6 +217,8 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.MigrationKnown,
                 ev.SourceConnected,
                 ev.AllPaged,
+                ev.AllPlaced,
+                ev.SafeCopyRead,
                 ev.SwapWon,
                 ev.SwapLost,
                 ev.SwapUnknown,
@@ -229,6 +242,9 @@ class DestinationMachine(Machine[DestinationState]):
                 ev.StateReceived,
                 ev.StateLoaded,
                 ev.AllPaged,
+                ev.AllPlaced,
+                ev.MemoryDiffers,
+                ev.SafeCopyRead,
                 ev.MigrationKnown,
                 ev.SwapWon,
                 ev.SwapLost,
@@ -269,7 +285,10 @@ class DestinationMachine(Machine[DestinationState]):
         self._vm_is_lost = False
         self._owed_pages = owed_pages
         self._all_here = False
+        self._all_in_place = False
         self._source_lost_since_s: float | None = now_s if owed_pages else None
+        self._reading_copy = False
+        self._lost_at_source = False
 
     @property
     def phase(self) -> Phase:
@@ -281,7 +300,7 @@ class DestinationMachine(Machine[DestinationState]):
         """Where the VM runs as far as this end knows, in words."""
         if self._vm_is_lost:
             return f"nowhere: {self.error}"
-        if self.state is D.PAGING and self._source_lost_since_s is not None:
+        if self.state is D.PAGING and self._source_lost_since_s is not None and not self._all_in_place:
             return (
                 f"destination host {self.migration.destination}; it lacks pages that only host "
                 f"{self.migration.source} has, and waits for them"
@@ -336,6 +355,10 @@ class DestinationMachine(Machine[DestinationState]):
 
     def _note_all_paged(self, _: ev.AllPaged, now_s: float) -> Sequence[Command]:
         self._all_here = True
+        return ()
+
+    def _note_all_placed(self, _: ev.AllPlaced, now_s: float) -> Sequence[Command]:
+        self._all_in_place = True
         return ()
 
     def _last_pages(self, event: ev.LastPagesReceived, now_s: float) -> Sequence[Command]:
@@ -400,7 +423,25 @@ class DestinationMachine(Machine[DestinationState]):
             self.state = D.RUNNING
             return (running, ev.TellPeerPaged(), ev.Publish())
         self.state = D.PAGING
-        return (running, ev.Publish())
+        return (running, *self._verify(), ev.Publish())
+
+    def _verify(self) -> Sequence[Command]:
+        """Once all pages are here and whenever the source is."""
+        return (ev.VerifyPages(),) if self._all_in_place and self._source_lost_since_s is None else ()
+
+    def _all_placed(self, event: ev.AllPlaced, now_s: float) -> Sequence[Command]:
+        self._note_all_placed(event, now_s)
+        return self._verify()
+
+    def _memory_differs(self, event: ev.MemoryDiffers, now_s: float) -> Sequence[Command]:
+        """Said by both ends: the source lets go only when it has heard that the record says so."""
+        migration = self.migration
+        self._fail(
+            MemoryDiffers.code, MemoryDiffers.words(migration.vm, migration.destination, event.difference)
+        )
+        self.outcome = Outcome.FAILED
+        self.state = D.DONE
+        return (ev.Publish(ended=True),)
 
     def _all_paged(self, _: ev.AllPaged, now_s: float) -> Sequence[Command]:
         self.state = D.RUNNING
@@ -418,24 +459,50 @@ class DestinationMachine(Machine[DestinationState]):
 
     def _source_lost(self, event: ev.LinkLost, now_s: float) -> Sequence[Command]:
         self._note_source_lost(event, now_s)
-        return (ev.Publish(),)
+        return (ev.Publish(), *self._read_copy())
 
     def _source_back(self, _: ev.SourceConnected, now_s: float) -> Sequence[Command]:
         self._source_lost_since_s = None
         self._heard_s = now_s
-        return (ev.Publish(),)
+        return (*self._verify(), ev.Publish())
 
     def _tick_paging(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         """Wait for a source that was lost, for ever if nobody set a limit: only it has what is missing."""
         limit_s, since_s = self.migration.options.give_up_after_s, self._source_lost_since_s
         if since_s is None:
             return ()
-        if limit_s is not None and now_s - since_s >= limit_s:
+        if self._all_in_place and now_s - since_s >= min(limit_s or COMPARE_WAIT_S, COMPARE_WAIT_S):
+            return self._all_paged(ev.AllPaged(), now_s)  # the report says that nothing was verified
+        if limit_s is not None and now_s - since_s >= limit_s and not self._all_in_place:
             return self._lose_pages("host-lost", f"was not found again within {limit_s:g} s")
         if now_s - self._asked_s < ASK_AGAIN_S:
             return ()
         self._asked_s = now_s
-        return (ev.AskController(),)
+        return (ev.AskController(), *self._read_copy())
+
+    def _read_copy(self) -> Sequence[Command]:
+        """Go on from the safe copy, if there is one: what is in it need not be waited for."""
+        if self.migration.options.safe_dir is None or self._reading_copy:
+            return ()
+        self._reading_copy = True
+        return (ev.ReadSafeCopy(),)
+
+    def _safe_copy_read(self, event: ev.SafeCopyRead, now_s: float) -> Sequence[Command]:
+        self._reading_copy = False
+        if event.left_pages and self._lost_at_source:
+            return self._lose_pages(PagesLost.code, "has lost them, and the safe copy does not hold them all")
+        return ()
+
+    def _safe_copy_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
+        """The copy is looked for again as long as the source is lost: it may only now have become
+        readable.
+        """
+        if event.command != ev.ReadSafeCopy.__name__:
+            return ()
+        self._reading_copy = False
+        if self._lost_at_source:
+            return self._lose_pages(PagesLost.code, f"has lost them, and {event.message}")
+        return ()
 
     def _known_while_paging(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
         """The source may have told the controller that it has lost what it owed, or taken the VM back."""
@@ -445,7 +512,12 @@ class DestinationMachine(Machine[DestinationState]):
             )
         if not event.pages_lost:
             return ()
-        return self._lose_pages(PagesLost.code, "has lost them")
+        if self._all_in_place:
+            return self._all_paged(ev.AllPaged(), now_s)
+        if self.migration.options.safe_dir is None:
+            return self._lose_pages(PagesLost.code, "has lost them")
+        self._lost_at_source = True
+        return self._read_copy()
 
     def _lose_pages(self, code: str, what: str) -> Sequence[Command]:
         self._fail(

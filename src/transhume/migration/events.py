@@ -83,6 +83,15 @@ class VmResumed(Event):
 
 
 @dataclass(frozen=True)
+class MemoryDiffers(Event):
+    """Pages that the guest has not written at the destination are not what the source has; which, in
+    words.
+    """
+
+    difference: str
+
+
+@dataclass(frozen=True)
 class CommandFailed(Event):
     """A command could not be carried out; `command` is its class's name."""
 
@@ -203,9 +212,13 @@ class PeerPaged(Event):
 
 @dataclass(frozen=True)
 class Reconnected(Event):
-    """The destination was found again, and has named the pages that it lacks."""
+    """The destination was found again, and has named the pages that it lacks.
+
+    `to_compare`: it needs the source also when it lacks none, to verify them.
+    """
 
     missing_pages: int
+    to_compare: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,8 +293,20 @@ class LastPagesReceived(Event):
 
 
 @dataclass(frozen=True)
+class AllPlaced(Event):
+    """The last page that was owed is in its place; whether they are what the source has is to be verified."""
+
+
+@dataclass(frozen=True)
 class AllPaged(Event):
-    """The last page that was owed is in its place."""
+    """The last page that was owed is in its place, and nothing more is needed from the source."""
+
+
+@dataclass(frozen=True)
+class SafeCopyRead(Event):
+    """What the safe copy held so far has been placed; so many pages are still missing."""
+
+    left_pages: int
 
 
 @dataclass(frozen=True)
@@ -427,8 +452,21 @@ class Reconnect(Command):
 
 
 @dataclass(frozen=True)
+class VerifyPages(Command):
+    """Let the source compare every page that the guest has not written.
+
+    Answered by AllPaged or MemoryDiffers; not at all when the connection is lost, and then commanded again.
+    """
+
+
+@dataclass(frozen=True)
 class TellPeerPaged(Command):
     """Tell the source that no page is missing any more, with what paging was like."""
+
+
+@dataclass(frozen=True)
+class ReadSafeCopy(Command):
+    """Place what the safe copy holds of the missing pages. Answered by SafeCopyRead or CommandFailed."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,9 @@ def decide(
     In mode AUTO, where post-copy is allowed, the rest is left for after the resume as soon as the memory is
     written faster than the link carries it, at a stall and at the deadline: the promise about the downtime is
     kept, and the pre-copy is not drawn out in vain.
+
+    With `options.residual_limit_s` none is left for after the resume as long as so much is left that it is
+    expected to take longer; where that never ends, the rest goes while the VM is suspended.
     """
     last = passes[-1]
     remaining_pages = last.dirty_pages_after + last.unsent_pages
@@ -145,7 +148,12 @@ def decide(
     stalled = stalled_passes >= STALL_PASSES or len(passes) >= options.max_iterations
     within_limit = predicted_s <= limit_s
     rest = rest_of(options)
-    may_give_way = options.mode is Mode.AUTO and options.may_page
+    may_owe = options.residual_limit_s is None or remaining_s <= options.residual_limit_s
+    if not may_owe and rest.after_resume:
+        rest = Rest.BEFORE_STATE
+    may_give_way = options.mode is Mode.AUTO and options.may_page and may_owe
+    # A mode that owes pages waits until few enough are left, and ends like any other when that never comes.
+    may_end = may_owe or options.mode is not Mode.HYBRID
 
     def decision(choice: Choice, reason: str, rest: Rest = rest) -> Decision:
         return Decision(
@@ -164,9 +172,10 @@ def decide(
         return decision(Choice.SWITCH, f"{len(passes)} of {options.iterations} passes are made")
     if within_limit and options.iterations is None and not _polishing(passes, remaining_s, limit_s):
         return decision(Choice.SWITCH, "the predicted downtime is within the limit")
-    if _under_threshold(remaining_pages, options, ram_pages):
+    if may_end and _under_threshold(remaining_pages, options, ram_pages):
         return decision(Choice.SWITCH, "the pages left are under the threshold")
-    if options.mode is Mode.HYBRID and options.iterations is None and not _has_threshold(options):
+    one_is_enough = options.mode is Mode.HYBRID and options.iterations is None
+    if may_end and one_is_enough and not _has_threshold(options):
         return decision(Choice.SWITCH, "one pass is made")
     if may_give_way:
         late = elapsed_s >= options.deadline_s and options.on_deadline is OnDeadline.SWITCH

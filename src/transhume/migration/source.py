@@ -20,7 +20,7 @@ from typing import ClassVar
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event, Machine, Rule, ignored
 from transhume.migration.policy import Choice, Decision, begins_suspended, decide, rest_of
-from transhume.model.errors import PagesLost
+from transhume.model.errors import MemoryDiffers, PagesLost
 from transhume.model.migration import (
     DowntimeReport,
     Engine,
@@ -131,6 +131,7 @@ _UNDECIDED: dict[type[Event], Rule[StrEnum]] = {
     ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
     ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
     ev.PeerPaged: Rule("_note_paged", ()),
+    ev.MemoryDiffers: Rule("_note_difference", ()),
     ev.QemuDied: Rule("_qemu_died_undecided", ()),
     ev.PeerHeard: Rule("_heard", ()),
     ev.OptionsChanged: Rule("_options_changed", ()),
@@ -216,6 +217,7 @@ class SourceMachine(Machine[SourceState]):
             ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
             ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
             ev.PeerPaged: Rule("_note_paged", ()),
+            ev.MemoryDiffers: Rule("_note_difference", ()),
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.Tick: Rule("_tick_resolving", ()),
             ev.QemuDied: Rule("_qemu_died_undecided", ()),
@@ -237,11 +239,13 @@ class SourceMachine(Machine[SourceState]):
                 ev.SwapRefused,
                 ev.MigrationKnown,
                 ev.ReviveRequested,
+                ev.MemoryDiffers,
             ),
         },
         S.COMMITTED: {
             ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
             ev.PeerPaged: Rule("_note_paged", ()),
+            ev.MemoryDiffers: Rule("_note_difference", ()),
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.LinkLost: Rule("_retire", (S.RECONNECTING, S.RETIRING)),
             ev.Tick: Rule("_tick_committed", (S.RECONNECTING, S.RETIRING)),
@@ -250,6 +254,7 @@ class SourceMachine(Machine[SourceState]):
         },
         S.PAGING: {
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
+            ev.MemoryDiffers: Rule("_note_difference", ()),
             ev.LinkLost: Rule("_look_again", (S.RECONNECTING,)),
             ev.CommandFailed: Rule("_look_again", (S.RECONNECTING,)),
             ev.PeerHeard: Rule("_heard", ()),
@@ -262,10 +267,11 @@ class SourceMachine(Machine[SourceState]):
         },
         S.RECONNECTING: {
             ev.Reconnected: Rule("_reconnected", (S.PAGING, S.RETIRING)),
-            ev.CommandFailed: Rule("_reconnect_failed", (S.REVIVING, S.RETIRING)),
+            ev.CommandFailed: Rule("_reconnect_failed", (S.REVIVING,)),
             ev.MigrationKnown: Rule("_migration_known", (S.RETIRING,)),
             ev.Tick: Rule("_tick_reconnecting", ()),
             ev.PeerPaged: Rule("_paged", (S.RETIRING,)),
+            ev.MemoryDiffers: Rule("_note_difference", ()),
             ev.OptionsChanged: Rule("_options_changed", ()),
             ev.ReviveRequested: Rule("_revive", (S.REVIVING,)),
             **_AFTER_COMMIT,
@@ -291,6 +297,7 @@ class SourceMachine(Machine[SourceState]):
                 ev.PeerCommitted,
                 ev.PeerFailed,
                 ev.PeerPaged,
+                ev.MemoryDiffers,
                 ev.StateSent,
             ),
         },
@@ -304,6 +311,7 @@ class SourceMachine(Machine[SourceState]):
                 ev.LinkLost,
                 ev.PeerHeard,
                 ev.PeerPaged,
+                ev.MemoryDiffers,
                 ev.Reconnected,
                 ev.MigrationKnown,
                 ev.ReviveRequested,
@@ -350,12 +358,13 @@ class SourceMachine(Machine[SourceState]):
         self._owed_pages = 0
         self._ended_owing = False
         self._push_begun = False
-        self._recovered_from_death = False
         self._paging: PagingReport | None = None
+        self._difference = ""
         self._paging_since_s: float | None = None
         self._residual_s = 0.0
         self._reconnecting = False
         self._reconnect_due_s = now_s
+        self._memory_lost = False
         self._revive_wanted = False
         self.revival_refused = False
 
@@ -370,6 +379,11 @@ class SourceMachine(Machine[SourceState]):
     def past_point_of_no_return(self) -> bool:
         """Whether the VM is known to be the destination's."""
         return self.state in (S.COMMITTED, S.PAGING, S.RECONNECTING, S.REVIVING, S.RETIRING, S.DONE)
+
+    @property
+    def ended_owing(self) -> bool:
+        """Whether the destination was never given all that it lacked."""
+        return self._ended_owing
 
     @property
     def vm_died(self) -> bool:
@@ -474,7 +488,6 @@ class SourceMachine(Machine[SourceState]):
 
     def _recovered(self, event: ev.Recovered, now_s: float) -> Sequence[Command]:
         """A successor cannot go on with the pre-copy: the tracker's state died with its predecessor."""
-        self._recovered_from_death = True
         if event.paging:
             self._owing = True
             return self._retire(event, now_s)
@@ -639,7 +652,7 @@ class SourceMachine(Machine[SourceState]):
 
     def _retire(self, event: Event, now_s: float) -> Sequence[Command]:
         if self._owing and self._paging is None:
-            return self._lose_pages() if self._memory_is_gone else self._look_again(event, now_s)
+            return self._look_again(event, now_s)
         self.state = S.RETIRING
         return (ev.StopWork(), ev.Publish(), ev.RetireVm())
 
@@ -647,6 +660,11 @@ class SourceMachine(Machine[SourceState]):
 
     def _note_paged(self, event: ev.PeerPaged, now_s: float) -> Sequence[Command]:
         self._paging = event.paging
+        return ()
+
+    def _note_difference(self, event: ev.MemoryDiffers, now_s: float) -> Sequence[Command]:
+        """The destination is told too, and ends: only when the record says so is the memory here let go."""
+        self._difference = event.difference
         return ()
 
     def _paged(self, event: ev.PeerPaged, now_s: float) -> Sequence[Command]:
@@ -671,7 +689,7 @@ class SourceMachine(Machine[SourceState]):
     def _reconnected(self, event: ev.Reconnected, now_s: float) -> Sequence[Command]:
         self._reconnecting = self._revive_wanted = False  # it is there after all
         self._heard_s = now_s
-        if event.missing_pages == 0:
+        if event.missing_pages == 0 and not event.to_compare:
             return self._all_paged(now_s)
         self.state = S.PAGING
         return (ev.StartPush(), ev.Publish())
@@ -679,15 +697,20 @@ class SourceMachine(Machine[SourceState]):
     def _reconnect_failed(self, event: ev.CommandFailed, now_s: float) -> Sequence[Command]:
         if event.command != ev.Reconnect.__name__:
             return ()
-        if event.code == PagesLost.code:
-            return self._lose_pages()
         self._reconnecting = False
+        if event.code == PagesLost.code:
+            self._memory_lost = True  # which is no loss when the destination lacked none of it any more
+            self._reconnect_due_s = now_s + RECONNECT_S
+            return (ev.AskController(),)
         self._reconnect_due_s = now_s + RECONNECT_S
         return self._take_back(now_s) if self._revive_wanted else ()
 
     def _tick_reconnecting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         if self._reconnecting or now_s < self._reconnect_due_s:
             return ()
+        if self._memory_lost:
+            self._reconnect_due_s = now_s + RECONNECT_S
+            return (ev.AskController(),)
         self._reconnecting = True
         # The destination may have all it needs, and have ended before its word came through.
         return (ev.Reconnect(), ev.AskController())
@@ -698,7 +721,7 @@ class SourceMachine(Machine[SourceState]):
             return self._all_paged(now_s)
         if event.failed:
             return self._end_owing("host-lost", "the destination has ended without the pages it was owed")
-        return ()
+        return self._lose_pages() if self._memory_lost else ()
 
     # --- back from a destination that is lost ----------------------------------------------------
 
@@ -773,7 +796,11 @@ class SourceMachine(Machine[SourceState]):
 
     def _retired(self, _: ev.VmRetired, now_s: float) -> Sequence[Command]:
         self.state = S.DONE
-        if not self._ended_owing:
+        if self._difference:
+            migration = self.migration
+            words = MemoryDiffers.words(migration.vm, migration.destination, self._difference)
+            self._fail(Outcome.FAILED, MemoryDiffers.code, words)
+        elif not self._ended_owing:
             self.outcome = Outcome.COMPLETED
         return (ev.TellPeerFinished(), ev.Publish(ended=True))
 
@@ -854,11 +881,6 @@ class SourceMachine(Machine[SourceState]):
         self._swap_under_way = True
         self._asked_register_s = now_s
         return (ev.SwapToSource(), ev.Publish())
-
-    @property
-    def _memory_is_gone(self) -> bool:
-        """Whether nobody holds the guest's RAM here: a mover that has seen QEMU alive holds it too."""
-        return self._vm_died and self._recovered_from_death
 
     def _abort_won(self, _: ev.SwapWon, now_s: float) -> Sequence[Command]:
         self._swap_under_way = False

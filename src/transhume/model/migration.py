@@ -93,7 +93,10 @@ class MigrationOptions(BaseModel):
     `mode` and `rest` choose the order of transfer; `rest` is None when the mode decides. `iterations` ends
     the pre-copy after so many passes, whatever is left then. `post_copy` False keeps every page from being
     owed after the resume. `give_up_after_s` is how long a destination that lacks pages waits for a lost
-    source (None: for ever).
+    source (None: for ever). `safe_dir` is a folder on storage that both hosts reach: while pages are owed the
+    source writes them there too, and a destination that has lost it goes on from there. `residual_limit_s`
+    bounds how long pages may be owed: none are left for after the resume before so few are left that they are
+    expected to be there within it, and the push then goes as fast as that takes, whatever the bandwidth.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -114,6 +117,8 @@ class MigrationOptions(BaseModel):
     iterations: int | None = Field(default=None, ge=1)
     post_copy: bool = True
     give_up_after_s: float | None = Field(default=None, gt=0)
+    safe_dir: str | None = Field(default=None, pattern=r"^/[^\x00]*$", max_length=512)
+    residual_limit_s: float | None = Field(default=None, gt=0)
 
     @property
     def may_page(self) -> bool:
@@ -138,6 +143,12 @@ class MigrationOptions(BaseModel):
             raise ValueError(
                 f"mode {self.mode} leaves pages for after the resume, and rest {self.rest} does not"
             )
+        if self.safe_dir is not None and not self.may_page:
+            raise ValueError(
+                "safe keeps a copy of pages that are owed, and this order owes none: leave it out"
+            )
+        if self.residual_limit_s is not None:
+            self._bound_residual()
         if self.mode is Mode.POST_COPY and self.iterations is not None:
             raise ValueError("mode post-copy makes no pass before the switchover: leave the iterations out")
         if self.engine is Engine.QEMU and (
@@ -147,6 +158,18 @@ class MigrationOptions(BaseModel):
                 "QEMU's own engine knows pre-copy only: choose engine transhume, or mode pre-copy"
             )
         return self
+
+    def _bound_residual(self) -> None:
+        """Raise `ValueError` where pages would be owed for longer than any limit, or are never owed."""
+        if not self.may_page:
+            raise ValueError(
+                "the residual limit bounds how long pages are owed, and this order owes none: leave it out"
+            )
+        if self.mode is Mode.POST_COPY or self.rest is Rest.ON_DEMAND or self.iterations is not None:
+            raise ValueError(
+                "the residual limit needs passes until few enough pages are left, and a push of those: "
+                "choose mode auto or hybrid, without iterations, and not rest on-demand"
+            )
 
 
 class IterationReport(BaseModel):
@@ -194,7 +217,9 @@ class PagingReport(BaseModel):
     microseconds. `waited_ms` sums up the latencies; `residual_ms` is the time during which the destination
     needed the source. `sent_twice_bytes` came once on demand and once in the background. `complete`: the
     destination itself has said that it lacks nothing. `link_lost_ms` is
-    the time without a connection, `link_losses` how often that began.
+    the time without a connection, `link_losses` how often that began. `safe_copy_pages` were written to the
+    safe copy, which was complete `safe_copy_ms` after the resume (None: it was not), and `restored_pages`
+    came from there; `safe_copy_error` says why there was none.
 
     With `verify`: `verified_pages`, empty ones too, were not written since the switchover and equal the
     source's by hash; `written_pages` were written at the destination before that was known, so that nobody
@@ -216,6 +241,10 @@ class PagingReport(BaseModel):
     waited_ms: float = 0.0
     residual_ms: float = 0.0
     sent_twice_bytes: int = 0
+    restored_pages: int = 0
+    safe_copy_pages: int = 0
+    safe_copy_ms: float | None = None
+    safe_copy_error: str = ""
     link_losses: int = 0
     link_lost_ms: float = 0.0
     verified_pages: int = 0

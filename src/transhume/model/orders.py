@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from transhume.model.migration import (
@@ -142,6 +144,33 @@ class AdjustReply(BaseModel):
 
     accepted: bool
     message: str = ""
+
+
+class ProbeStep(StrEnum):
+    """One host leaves a mark in a folder, another looks for it, the first takes it away."""
+
+    LEAVE = "leave"
+    FIND = "find"
+    REMOVE = "remove"
+
+
+class FolderProbe(BaseModel):
+    """One step of finding out whether hosts share the folder `path`; `mark` is random."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str = Field(pattern=r"^/[^\x00]*$", max_length=512)
+    mark: str = Field(pattern=r"^[0-9a-f]{16}$")
+    step: ProbeStep
+
+
+class FolderFacts(BaseModel):
+    """What came of it: in words what is against it, and the room in the folder."""
+
+    model_config = ConfigDict(frozen=True)
+
+    obstacle: str = ""
+    available_bytes: int = 0
 
 
 class ReviveReply(BaseModel):

@@ -18,6 +18,8 @@ from transhume.model.orders import (
     CancelReply,
     DestinationFacts,
     DirtySample,
+    FolderFacts,
+    FolderProbe,
     Prepared,
     PrepareOrder,
     ReviveReply,
@@ -58,6 +60,9 @@ class ScriptedHost:
         self.adjustments: list[Adjustment] = []
         self.refuses_adjustments = ""
         self.refuses_revival = ""
+        self.probes: list[FolderProbe] = []
+        self.folder_obstacle = ""
+        self.folder_bytes = 1 << 40
         self.begun: dict[str, BeginOrder] = {}
         self.abandoned: list[str] = []
         self.cancel_reply: CancelReply | None = None
@@ -138,6 +143,11 @@ class ScriptedHost:
         if self.destination_facts_now is not None:
             return self.destination_facts_now
         return DestinationFacts(memory_available_bytes=self.inventory_now.memory_available_bytes)
+
+    async def probe_folder(self, order: FolderProbe) -> FolderFacts:
+        await self._step("probe_folder")
+        self.probes.append(order)
+        return FolderFacts(obstacle=self.folder_obstacle, available_bytes=self.folder_bytes)
 
     async def sample_dirty_rate(self, vm: str, duration_s: float) -> DirtySample:
         await self._step("sample_dirty_rate")

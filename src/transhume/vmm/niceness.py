@@ -8,6 +8,7 @@ from pathlib import Path
 
 USUAL = 0
 LEAST_URGENT = 19
+STEP_BACK = 10
 
 
 def put_this_thread_first() -> None:
@@ -18,6 +19,12 @@ def put_this_thread_first() -> None:
     """
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
+def put_this_thread_back() -> None:
+    """Let the calling thread give way to the process's others; best effort, never raises."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, STEP_BACK)  # for Linux a thread, and 0 the calling one
 
 
 def set_niceness(pid: int, niceness: int) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 from transhume.memory import runs as page_runs
 from transhume.memory.digest import digest
+from transhume.memory.pagemap import Scanner
 from transhume.memory.ram import GuestRam
 from transhume.memory.runs import Runs
 from transhume.memory.userfaultfd import Userfaultfd, find_existing
@@ -35,6 +36,9 @@ from transhume.migration.register import Register
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.pager import Pager
 from transhume.migration.transfer.receiver import PageReceiver
+from transhume.migration.transfer.restoring import restore
+from transhume.migration.transfer.safe_copy import discard, safe_copy_path
+from transhume.migration.transfer.verification import SentDigests, send_digests
 from transhume.model.errors import (
     HostLost,
     KernelError,
@@ -121,6 +125,8 @@ class DestinationDriver(Driver[DestinationState]):
         self._pager_thread: threading.Thread | None = None
         self._fault_channel: FrameChannel | None = None
         self._state_may_load = asyncio.Event()
+        self._hashing: asyncio.Future[SentDigests] | None = None
+        self._compared: asyncio.Future[wire.Compared] | None = None
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -132,7 +138,9 @@ class DestinationDriver(Driver[DestinationState]):
             ev.ResumeVm: self._resume_vm,
             ev.TellPeerCommitted: self._tell_peer_committed,
             ev.TellPeerRunning: self._tell_peer_running,
+            ev.VerifyPages: self._verify_pages,
             ev.TellPeerPaged: self._tell_peer_paged,
+            ev.ReadSafeCopy: self._read_safe_copy,
             ev.DestroyVm: self._destroy_vm,
             ev.TellPeerFailed: self._tell_peer_failed,
         }
@@ -189,7 +197,16 @@ class DestinationDriver(Driver[DestinationState]):
         """What paging was like, once the last page is here: the source frees its memory on this word too."""
         if self._pager is None or self._pager.missing.left_pages:
             return None
-        return MigrationReport(paging=self._pager.report().model_copy(update={"complete": True}))
+        return MigrationReport(
+            paging=self._pager.report().model_copy(update={"complete": not self._needs_comparison})
+        )
+
+    @property
+    def _needs_comparison(self) -> bool:
+        """Whether the source is needed although no page is missing. From any thread."""
+        machine = self._destination
+        past = machine.state in (DestinationState.RUNNING, DestinationState.DONE) and not machine.error_code
+        return self._options.verify and not past
 
     def stop_work(self) -> None:
         self._closing = True
@@ -220,6 +237,8 @@ class DestinationDriver(Driver[DestinationState]):
         for channel in channels:
             if channel is not None:
                 channel.shutdown()
+        if self._hashing is not None:
+            await asyncio.gather(self._hashing, return_exceptions=True)
         for thread in (*self._threads, *([self._pager_thread] if self._pager_thread else [])):
             await asyncio.to_thread(thread.join)
         for channel in channels:
@@ -352,6 +371,7 @@ class DestinationDriver(Driver[DestinationState]):
                 if channel is not None:
                     channel.shutdown(error.message)
         self.post_from_thread(ev.LinkLost(error.code, error.message))
+        self._loop.call_soon_threadsafe(self._lose_comparison, error)
 
     def _name_missing(self, channel: FrameChannel, pager: Pager) -> None:
         """The source has come again: tell it what is still missing here."""
@@ -363,7 +383,7 @@ class DestinationDriver(Driver[DestinationState]):
             for batch in page_runs.batches(missing, 1 << 62, wire.MAX_RUNS):
                 with channel.frame():
                     channel.write(wire.encode_table(wire.FrameType.MISSING, index, batch, channel.version))
-        channel.send(wire.MissingEnd(pages=count))
+        channel.send(wire.MissingEnd(pages=count, to_compare=self._needs_comparison))
 
     def _receive(self, channel: FrameChannel) -> None:
         assert self._ram is not None
@@ -403,6 +423,8 @@ class DestinationDriver(Driver[DestinationState]):
             self.post_from_thread(ev.PeerAborted(message.reason))
         elif isinstance(message, wire.Finished):
             self.post_from_thread(ev.PeerFinished())
+        elif isinstance(message, wire.Compared):
+            self._loop.call_soon_threadsafe(self._take_comparison, message)
         else:
             raise PeerProtocolError(f"{channel.peer} sent {message.frame_type.name} out of turn.")
 
@@ -471,10 +493,16 @@ class DestinationDriver(Driver[DestinationState]):
         return Pager(
             self._uffd,
             self._ram,
-            on_all_placed=lambda: self.post_from_thread(ev.AllPaged()),
+            on_all_placed=lambda: self.post_from_thread(self._when_placed()),
             on_link_lost=self._lose_link,
             on_demand=self._options.rest is not Rest.BACKGROUND,
+            tracks_writes=self._options.verify,
         )
+
+    def _when_placed(self) -> Event:
+        """A predecessor that was past the comparison may have ended the account of writes: no second one."""
+        compared = self._predecessor_state == DestinationState.RUNNING
+        return ev.AllPlaced() if self._options.verify and not compared else ev.AllPaged()
 
     def _start_pager(self, pager: Pager) -> None:
         if self._fault_channel is not None:
@@ -520,19 +548,77 @@ class DestinationDriver(Driver[DestinationState]):
         port, self._key = listening
         self._open_port(port)
         if pager.missing.left_pages == 0:
-            self._pager = pager
-            self._loop.call_soon(lambda: self.post(ev.AllPaged()))
-        else:
-            self._start_pager(pager)
+            self._loop.call_soon(lambda: self.post(self._when_placed()))
+        self._start_pager(pager)  # who touches what was never owed waits for an answer, too
 
-    async def _tell_peer_paged(self, _: ev.TellPeerPaged) -> None:
-        pager = self._pager
+    async def _verify_pages(self, _: ev.VerifyPages) -> Event | None:
+        """Let the source compare what the guest has not written. Without an answer nothing was verified."""
+        pager, channel = self._pager, self._channel
         assert pager is not None
+        assert channel is not None
+        self._compared = compared = self._loop.create_future()
+        self._hashing = self._loop.run_in_executor(None, self._send_digests, channel)
+        try:
+            sent = await asyncio.shield(self._hashing)
+            answer = await compared
+        except (HostLost, PeerProtocolError) as error:
+            self._log(f"the memory is not verified yet: {error.message}")
+            return None
+        except KernelError as error:
+            self._log(f"the memory cannot be verified: {error.message}")
+            return ev.AllPaged()
+        if answer.difference:
+            import os, numpy as np; np.savez(f'/tmp/th/v/dst-{os.getpid()}.npz', cond=pager.missing._blocks[0], pop=self._ram.blocks[0].populated_runs(), owed=self._owed[0]) # DEBUG
+            await self._end_paging(pager)
+            return ev.MemoryDiffers(answer.difference)
+        if answer.pages == sent.pages:
+            pager.note_verified(sent.pages, sent.written_pages)
+        else:
+            self._log(f"the memory is not verified: {answer.pages} of {sent.pages} pages were compared")
+        return ev.AllPaged()
+
+    def _send_digests(self, channel: FrameChannel) -> SentDigests:
+        assert self._process is not None
+        assert self._ram is not None
+        scanner = Scanner(self._process.pid)
+        try:
+            return send_digests(channel, self._ram, scanner)
+        finally:
+            scanner.close()
+
+    def _take_comparison(self, message: wire.Compared) -> None:
+        if self._compared is not None and not self._compared.done():
+            self._compared.set_result(message)
+
+    def _lose_comparison(self, error: TranshumeError) -> None:
+        if self._compared is not None and not self._compared.done():
+            self._compared.set_exception(HostLost(error.message))
+            self._compared.exception()  # whoever waits hears it; nobody waiting is no mistake
+
+    async def _end_paging(self, pager: Pager) -> None:
+        """From here on the kernel answers first touches by itself, and keeps no account of writes."""
         pager.stop()
         if self._pager_thread is not None:
             await asyncio.to_thread(self._pager_thread.join)
         await asyncio.to_thread(pager.disarm)
+
+    async def _tell_peer_paged(self, _: ev.TellPeerPaged) -> None:
+        pager = self._pager
+        assert pager is not None
+        await self._end_paging(pager)
+        path = safe_copy_path(self.migration)
+        if path is not None:
+            await asyncio.to_thread(discard, path)  # a source that never comes back cannot do it
         await asyncio.to_thread(self._send_if_open, wire.Paged(paging=pager.report()))
+
+    async def _read_safe_copy(self, _: ev.ReadSafeCopy) -> Event:
+        pager, path = self._pager, safe_copy_path(self.migration)
+        if pager is None or path is None:
+            raise VmmError("there is no safe copy to go on from")
+        self._log(f"the source is lost: {pager.missing.left_pages} pages are looked for in {path}")
+        await asyncio.to_thread(restore, pager, path, self.migration.id)
+        self._log(f"{pager.missing.left_pages} pages are missing after that")
+        return ev.SafeCopyRead(pager.missing.left_pages)
 
     async def _begin_native(self, channel: FrameChannel) -> None:
         try:

@@ -29,6 +29,7 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, clock_of, end
 from transhume.migration.driver.owed_file import OwedFile
+from transhume.migration.driver.safe_copying import SafeCopying
 from transhume.migration.machine import Command, Event
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
@@ -36,7 +37,9 @@ from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, So
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.owed_pages import OwedPages
 from transhume.migration.transfer.pace import Pace
+from transhume.migration.transfer.safe_copy import safe_copy_path
 from transhume.migration.transfer.sender import PageSender, SentPages
+from transhume.migration.transfer.verification import Comparison
 from transhume.model.errors import (
     HostLost,
     PagesLost,
@@ -48,7 +51,7 @@ from transhume.model.errors import (
 )
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, ReviveReply
-from transhume.model.vm import Accel, Display
+from transhume.model.vm import PAGE_BYTES, Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.image_lock import has_writer
 from transhume.vmm.log import last_words
@@ -78,6 +81,9 @@ Result = TypeVar("Result")
 COMMITTED_STATES = frozenset({SourceState.COMMITTED.value, SourceState.RETIRING.value})
 PAGING_STATES = frozenset({SourceState.PAGING.value, SourceState.RECONNECTING.value})
 REVIVE_POLL_S = 0.05
+HEARD_S = 0.5
+"""While hashes are compared nothing else is heard: that they come is a sign of life."""
+
 MAY_COMMIT_STATES = frozenset(state.value for state in DESTINATION_MAY_COMMIT)
 
 
@@ -138,6 +144,8 @@ class SourceDriver(Driver[SourceState]):
         self._streamed: tuple[bytes, int, str] | None = None
         self._missing: list[Runs] = []
         self._resumed_there = asyncio.Event()
+        self._safe_copying = SafeCopying(safe_copy_path(job.migration), job.migration.id, self._log)
+        self._owed_at_switchover: list[Runs] = []
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -173,6 +181,8 @@ class SourceDriver(Driver[SourceState]):
         if before is None:
             return ev.Started()
         if before in PAGING_STATES:
+            if self._ram is not None:
+                self._safe_copying.begin(self._ram, self._owed_file.read() or [])
             return ev.Recovered(state_may_be_sent=True, paging=True)
         if before == SourceState.REVIVING.value:
             return ev.Recovered(state_may_be_sent=True, reviving=True)
@@ -192,6 +202,8 @@ class SourceDriver(Driver[SourceState]):
             report = report.model_copy(
                 update={"wire_bytes": wire_bytes, "suspended_at_s": self._owed_file.written_at_s()}
             )
+        if report.paging is not None:
+            report = report.model_copy(update={"paging": self._safe_copying.report(report.paging)})
         return MigrationUpdate(
             migration=self.migration.id,
             host=self.migration.source,
@@ -207,6 +219,8 @@ class SourceDriver(Driver[SourceState]):
     def taken(self, event: Event) -> None:
         if isinstance(event, ev.PassEnded):
             self._progress.pass_ended(event.result, self._source.last_decision)
+        elif isinstance(event, ev.PeerRunning) and self._owed_at_switchover and self._ram is not None:
+            self._safe_copying.begin(self._ram, self._owed_at_switchover)  # not while the VM stands still
 
     def adjust(self, adjustment: Adjustment) -> AdjustReply:
         """Take other limits, now; or say why not, and change nothing."""
@@ -303,6 +317,7 @@ class SourceDriver(Driver[SourceState]):
             if channel is not None:
                 channel.shutdown()
         await end(self._watcher)
+        await asyncio.to_thread(self._safe_copying.close)
         self._data_thread.shutdown(wait=True)
         await self._close_connections()
         if self._native_channel is not None:
@@ -397,7 +412,7 @@ class SourceDriver(Driver[SourceState]):
         assert prepared is not None
         if self._ram is None:
             if self._process is None:
-                raise PagesLost(f"QEMU of VM {self.migration.vm} has ended, and nobody else has its memory")
+                raise self._memory_is_gone()
             self._ram = GuestRam.of_process(self._process.pid)
         blocks = self._ram.ram_blocks
         identity = Identity(
@@ -409,6 +424,12 @@ class SourceDriver(Driver[SourceState]):
             silence_limit_s=self._options.peer_silence_limit_s,
         )
         return connect(prepared.address, prepared.port, identity, role)
+
+    def _memory_is_gone(self) -> TranshumeError:
+        """QEMU has ended, and its mover before: what the safe copy holds, the destination reads by itself."""
+        if self._safe_copying.holds_all([each.size_bytes // PAGE_BYTES for each in self.job.ram_blocks]):
+            return HostLost(f"the memory of VM {self.migration.vm} is in its safe copy alone")
+        return PagesLost(f"QEMU of VM {self.migration.vm} has ended, and nobody else has its memory")
 
     async def _arm_tracking(self, _: ev.ArmTracking) -> Event:
         monitor = self._qemu()
@@ -528,6 +549,7 @@ class SourceDriver(Driver[SourceState]):
 
     async def _send_last_pages(self, command: ev.SendLastPages) -> Event:
         began_s = time.monotonic()
+        verified = self._expect(wire.FrameType.PAGES_VERIFIED)
         if command.rest.after_resume:
             owed_pages, sent = await self._in_data_thread(self._name_owed, command.budget_pages)
             result = ev.PassResult(
@@ -538,10 +560,12 @@ class SourceDriver(Driver[SourceState]):
                 duration_s=time.monotonic() - began_s,
                 dirty_pages_after=owed_pages,
             )
-            return ev.LastPagesSent(result, owed_pages=owed_pages)
+            if owed_pages or not self._options.verify:
+                return ev.LastPagesSent(result, owed_pages=owed_pages)
+            await verified  # nothing is left for later, so this is the time to compare
+            return ev.LastPagesSent(result, time.monotonic() - began_s - result.duration_s)
         if command.rest is Rest.AFTER_STATE:
             self._streamed = await self._stream_state()
-        verified = self._expect(wire.FrameType.PAGES_VERIFIED)
         sent, last_page_s = await self._in_data_thread(self._send_rest)
         if self._options.verify:
             await verified
@@ -564,11 +588,14 @@ class SourceDriver(Driver[SourceState]):
         runs = [page_runs.union(*pair) for pair in zip(dirty, self._left, strict=True)]
         sent, _ = self._send_runs(runs, paced=False)
         last_page_s = time.monotonic()
-        digests: tuple[str, ...] = ()
-        if self._options.verify:
-            digests = tuple(digest(block) for block in self._tracked.ram.blocks)
-        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
+        self._end_last_pages(sent, self._options.verify)
         return sent, last_page_s
+
+    def _end_last_pages(self, sent: SentPages, verify: bool) -> None:
+        assert self._tracked is not None
+        assert self._channel is not None
+        digests = tuple(digest(block) for block in self._tracked.ram.blocks) if verify else ()
+        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
 
     def _name_owed(self, budget_pages: int) -> tuple[int, SentPages]:
         """In the data thread: the VM is paused, so this scan is the last.
@@ -589,10 +616,11 @@ class SourceDriver(Driver[SourceState]):
         count = _count(owed)
         if count:
             self._owed_file.write(owed)
+            self._owed_at_switchover = owed
             block_pages = self._channel.decoder.block_pages
             self._owed.owe(block_pages, [dirty, self._latest, rest])
             self._send_owed(owed)
-        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
+        self._end_last_pages(sent, self._options.verify and count == 0)
         return count, sent
 
     def _send_owed(self, owed: list[Runs]) -> None:
@@ -644,6 +672,9 @@ class SourceDriver(Driver[SourceState]):
         late = self._tracked.tracker.collect()
         if _count(late) and self._owed.left_pages is not None:
             self._owed.owe_more(late)
+            self._owed_at_switchover = [
+                page_runs.union(*pair) for pair in zip(self._owed_at_switchover, late, strict=True)
+            ]
             self._send_owed(late)
             channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
         elif _count(late):
@@ -697,8 +728,16 @@ class SourceDriver(Driver[SourceState]):
             await asyncio.sleep(max(0.0, self._source.deadline_s - time.monotonic()))
         assert self._channel is not None
         assert self._ram is not None
+        self._pace.rate_bytes_s = self._push_rate_bytes_s()
         sender = PageSender(self._channel, self._ram, self._stop, self._on_progress)
         await self._in_data_thread(self._owed.push, self._channel, sender, self._pace, self._stop)
+
+    def _push_rate_bytes_s(self) -> int | None:
+        """The bandwidth that was allowed, or more where the residual limit needs more."""
+        rate_bytes_s, limit_s = self._options.bandwidth_bytes_s, self._options.residual_limit_s
+        if rate_bytes_s is None or limit_s is None:
+            return rate_bytes_s
+        return max(rate_bytes_s, round((self._owed.left_pages or 0) * PAGE_BYTES / limit_s))
 
     async def _reconnect(self, _: ev.Reconnect) -> Event:
         """Make both connections anew and learn what is missing there: only the destination knows."""
@@ -716,12 +755,12 @@ class SourceDriver(Driver[SourceState]):
         self._reader.start()
         message = await told
         assert isinstance(message, wire.MissingEnd)
-        if message.pages == 0:
+        if message.pages == 0 and not message.to_compare:
             self._owed_file.remove()
         await self._open_fault_connection()
         self._owed.owe(channel.decoder.block_pages, [self._missing])
         self._resumed_there.set()
-        return ev.Reconnected(message.pages)
+        return ev.Reconnected(message.pages, message.to_compare)
 
     # --- back, or on -----------------------------------------------------------------------------
 
@@ -729,6 +768,7 @@ class SourceDriver(Driver[SourceState]):
         """Let the VM go on here, first of all; then take the tracking off it."""
         if self._monitor is None and self._process is not None:
             self._monitor = await Monitor.connect(self._paths.mover_qmp_socket)
+        self._safe_copying.remove()
         monitor = self._qemu()
         if self._outgoing is not None:
             await self._outgoing.cancel()
@@ -762,6 +802,8 @@ class SourceDriver(Driver[SourceState]):
     async def _retire_vm(self, _: ev.RetireVm) -> Event:
         process = self._process
         await end(self._watcher)
+        if not self._source.ended_owing:
+            self._safe_copying.remove()  # otherwise the destination may still read it
         if process is not None:
             try:
                 set_niceness(process.pid, LEAST_URGENT)
@@ -776,6 +818,9 @@ class SourceDriver(Driver[SourceState]):
 
     def _read(self, channel: FrameChannel) -> None:
         """The reader thread: everything that the destination says, until the connection ends."""
+        assert self._ram is not None
+        comparison = Comparison(self._ram)
+        heard_s = 0.0
         try:
             while True:
                 header = channel.receive_header()
@@ -787,10 +832,25 @@ class SourceDriver(Driver[SourceState]):
                         self._missing[header.block_index], runs
                     )
                     continue
+                if header.type in (wire.FrameType.DIGEST, wire.FrameType.EMPTY):
+                    comparison.take(channel, header)
+                    if time.monotonic() - heard_s > HEARD_S:
+                        heard_s = time.monotonic()
+                        self.post_from_thread(ev.PeerHeard())
+                    continue
                 message = channel.receive_message(header)
+                if isinstance(message, wire.DigestsEnd):
+                    self._tell_compared(channel, comparison.end())
                 self._loop.call_soon_threadsafe(self._hear, message)
         except (HostLost, PeerProtocolError) as error:
             self._loop.call_soon_threadsafe(self._lose_link, error)
+
+    def _tell_compared(self, channel: FrameChannel, compared: wire.Compared) -> None:
+        """The machine hears of a difference first: the destination may end as soon as it is told."""
+        if compared.difference:
+            self._log(f"the destination's memory differs: {compared.difference}")
+            self.post_from_thread(ev.MemoryDiffers(compared.difference))
+        channel.send(compared)
 
     def _hear(self, message: wire.Message) -> None:
         self.post(ev.PeerHeard())
@@ -869,9 +929,7 @@ def _first_pages(runs: list[Runs], most_pages: int) -> list[Runs]:
 
 
 def _why_no_paging(options: MigrationOptions) -> str:
-    if not options.post_copy:
-        return "--no-post-copy"
-    return "--verify" if options.verify else f"mode {options.mode.value}"
+    return f"mode {options.mode.value}" if options.post_copy else "--no-post-copy"
 
 
 def _join(pieces: list[Runs]) -> Runs:

@@ -43,6 +43,11 @@ class MissingPages:
         self._left = 0
 
     @property
+    def block_pages(self) -> list[int]:
+        """How many pages each block has."""
+        return [len(block) for block in self._blocks]
+
+    @property
     def left_pages(self) -> int:
         """How many pages are not placed yet."""
         return self._left

@@ -79,6 +79,7 @@ class Pager:
         self._owed_pages = 0
         self._fetched_pages = 0
         self._pushed_pages = 0
+        self._restored_pages = 0
         self._zero_filled_pages = 0
         self._sent_twice_bytes = 0
         self._link_losses = 0
@@ -137,6 +138,10 @@ class Pager:
         if self._link_lost_since_s is None:
             self._link_lost_since_s = time.monotonic()
             self._link_losses += 1
+
+    def _lost_for_s(self) -> float:
+        since_s = self._link_lost_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
 
     def stop(self) -> None:
         """Let `serve_faults` return soon. Who waits for a page goes on waiting."""
@@ -270,6 +275,15 @@ class Pager:
         """Place zero pages that were named by themselves."""
         self._place_zeros(block_index, runs, pushed=True)
 
+    def restore(self, block_index: int, runs: Runs, content: bytearray | None) -> None:
+        """Place pages out of a safe copy, those that have not come by now; without content they are zeros."""
+        claimed = self.missing.claim(block_index, runs)
+        self._restored_pages += page_runs.page_count(claimed)
+        if content is None:
+            self._place_claimed_zeros(block_index, claimed)
+        else:
+            self._place_claimed(block_index, runs, claimed, _address_of(content))
+
     def _count(self, claimed: Runs, pushed: bool) -> int:
         """Before they are settled: with the last page the report is taken."""
         pages = page_runs.page_count(claimed)
@@ -282,6 +296,9 @@ class Pager:
     def _place_zeros(self, block_index: int, runs: Runs, pushed: bool) -> None:
         claimed = self.missing.claim(block_index, runs)
         self._count(claimed, pushed)
+        self._place_claimed_zeros(block_index, claimed)
+
+    def _place_claimed_zeros(self, block_index: int, claimed: Runs) -> None:
         block = self._ram.blocks[block_index]
         self._carry_out(
             block_index,
@@ -292,6 +309,9 @@ class Pager:
     def _place(self, block_index: int, runs: Runs, content_address: int, pushed: bool) -> None:
         claimed = self.missing.claim(block_index, runs)
         self._sent_twice_bytes += (page_runs.page_count(runs) - self._count(claimed, pushed)) * PAGE_BYTES
+        self._place_claimed(block_index, runs, claimed, content_address)
+
+    def _place_claimed(self, block_index: int, runs: Runs, claimed: Runs, content_address: int) -> None:
         block = self._ram.blocks[block_index]
         # Neighbours in the guest are neighbours in the content: a claimed run lies in it in one piece.
         offsets = np.searchsorted(page_runs.pages_of(runs), claimed[:, 0])
@@ -376,8 +396,9 @@ class Pager:
             latency_us_histogram=histogram,
             waited_ms=float(latencies_us.sum() / 1000),
             sent_twice_bytes=self._sent_twice_bytes,
+            restored_pages=self._restored_pages,
             link_losses=self._link_losses,
-            link_lost_ms=self._link_lost_s * 1000,
+            link_lost_ms=(self._link_lost_s + self._lost_for_s()) * 1000,
             verified_pages=self._verified_pages,
             written_pages=self._written_pages,
         )
