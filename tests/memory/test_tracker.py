@@ -144,6 +144,30 @@ def test_pages_that_were_there_before_are_tracked_too(tracked: Tracked) -> None:
     assert tracked.collected() == [[[9, 1]], []]
 
 
+def test_many_separate_pages_are_each_found_once() -> None:
+    """More than the kernel's own buffer holds; and a look that clears nothing finds the same again."""
+    pages = range(3, 4096, 3)
+    with tracking(1, 16 * MIB) as tracked:
+        tracked.tracker.arm()
+        for page in pages:
+            tracked.write(0, page)
+        block = tracked.ram.blocks[0]
+        scanner = Scanner(tracked.child.pid)
+        try:
+            expected = [[page, 1] for page in pages]
+            for _ in range(2):
+                assert scanner.get(block.address, block.block.size_bytes).tolist() == expected
+            assert scanner.get(block.address + 300 * PAGE_BYTES, 7 * PAGE_BYTES).tolist() == [
+                [0, 1],
+                [3, 1],
+                [6, 1],
+            ]
+        finally:
+            scanner.close()
+        assert tracked.collected() == [expected]
+        assert tracked.collected() == [[]]
+
+
 def test_disarm_ends_it_and_it_can_begin_again(tracked: Tracked) -> None:
     tracked.tracker.arm()
     tracked.write(0, 1)

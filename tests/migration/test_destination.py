@@ -781,6 +781,87 @@ def test_pages_cannot_be_placed_twice(talk: Talk) -> None:
     talk.echoes(ev.AllPlaced())
 
 
+DIFFERS = ev.MemoryDiffers("page 7 of transhume-ram0")
+
+
+def to_verifying(talk: Talk) -> None:
+    to_paging(talk)
+    talk.tell(ev.AllPlaced(), ev.VerifyPages())
+
+
+@conversation(after=(to_verifying,), verify=True)
+def test_pages_that_are_verified_are_told(talk: Talk) -> None:
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+    talk.tell(ev.PeerFinished(), ev.Publish(ended=True), then=D.DONE)
+    assert talk.machine.outcome is Outcome.COMPLETED
+
+
+@conversation(after=(to_verifying, to_running), verify=True)
+def test_memory_that_differs_ends_it_and_the_vm_runs_on(talk: Talk) -> None:
+    talk.tell(DIFFERS, ev.Publish(ended=True), then=D.DONE)
+    assert (talk.machine.outcome, talk.machine.error_code) == (Outcome.FAILED, "memory-differs")
+    assert "runs at host south with memory that differs" in talk.machine.error
+    assert "page 7 of transhume-ram0" in talk.machine.error
+    assert talk.machine.runs_at == "destination host south"
+
+
+@conversation(after=(to_owing_loading, to_owing_committing, to_owing_resuming), verify=True)
+def test_pages_that_are_all_placed_before_the_resume_are_verified_after_it(talk: Talk) -> None:
+    talk.tell(ev.AllPlaced())
+    if talk.machine.state is D.LOADING:
+        talk.tell(ev.StateReceived())
+        talk.tell(ev.StateLoaded(), ev.SwapToDestination(), then=D.COMMITTING)
+    if talk.machine.state is not D.RESUMING:
+        commits(talk, WON_EARLIER)
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.VerifyPages(), ev.Publish(), then=D.PAGING)
+
+
+@conversation(after=(to_owing_revoking,), verify=True)
+def test_a_successor_verifies_with_a_source_that_has_come_to_it(talk: Talk) -> None:
+    talk.tell(ev.AllPlaced())
+    commits(talk, WON_EARLIER)
+    talk.tell(ev.VmResumed(), ev.TellPeerRunning, ev.Publish(), then=D.PAGING)
+    talk.tell(ev.SourceConnected(), ev.VerifyPages(), ev.Publish())
+
+
+@conversation(after=(to_verifying,), verify=True)
+def test_a_comparison_is_made_again_with_a_source_that_comes_back(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    assert talk.machine.runs_at == "destination host south"  # it lacks nothing
+    talk.wait(ASK_AGAIN_S + 0.1, ev.AskController())
+    talk.tell(ev.SourceConnected(), ev.VerifyPages(), ev.Publish())
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_verifying,), verify=True)
+def test_a_vm_that_has_all_its_pages_does_without_a_source_that_never_comes(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.wait(COMPARE_WAIT_S - 1, ev.AskController())
+    talk.wait(1, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_verifying,), verify=True, give_up_after_s=3)
+def test_a_source_that_is_given_up_takes_no_page_with_it(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.wait(3, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_verifying,), verify=True)
+def test_a_source_that_lost_its_memory_takes_no_page_with_it(talk: Talk) -> None:
+    lost = ev.MigrationKnown(going_on=False, pages_lost=True)
+    talk.tell(lost, ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+
+
+@conversation(after=(to_destroying,))
+def test_late_word_of_pages_and_differences_changes_nothing(talk: Talk) -> None:
+    talk.echoes(ev.AllPlaced(), DIFFERS)
+
+
+@conversation(after=(to_running,))
+def test_pages_cannot_be_placed_twice(talk: Talk) -> None:
+    talk.echoes(ev.AllPlaced())
+
+
 SAFE = MigrationOptions(mode=Mode.POST_COPY, safe_dir="/srv/shared")
 
 

@@ -14,7 +14,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from transhume.memory.runs import Runs, empty, from_bounds
+from transhume.memory.runs import Runs, empty, from_bounds, union
 from transhume.memory.syscalls import ioctl_at
 from transhume.model.errors import KernelError, VmmError
 from transhume.model.vm import PAGE_BYTES
@@ -87,7 +87,9 @@ class Scanner:
         if not pieces:
             return empty()
         bounds = np.concatenate(pieces) // PAGE_BYTES
-        return from_bounds(bounds[:, 0], bounds[:, 1])
+        if (bounds[1:, 0] >= bounds[:-1, 1]).all():
+            return from_bounds(bounds[:, 0], bounds[:, 1])
+        return union(np.stack((bounds[:, 0], bounds[:, 1] - bounds[:, 0]), axis=1), empty())
 
     def _check_alive(self, address: int) -> None:
         """A scan of a process that has ended finds nothing written, which nobody may take for an answer.
@@ -104,7 +106,11 @@ class Scanner:
             self._fd = -1
 
     def _scan(self, start: int, end: int, flags: int) -> tuple[int, int]:
-        """Fill the buffer; return how many regions it holds, and how far the walk came."""
+        """Fill the buffer; return how many regions it holds, and how far the walk certainly came.
+
+        A kernel that has filled its own buffer, of 512 regions, tells how far it had come by then, although
+        it went on to the end: what comes after is then found twice.
+        """
         argument = _ScanArgument(
             size=ctypes.sizeof(_ScanArgument),
             flags=flags,
