@@ -25,6 +25,7 @@ from transhume.store.etcd_gateway import EtcdGateway
 from transhume.store.etcd_http import Endpoint
 from transhume.store.interface import Store
 from transhume.store.sqlite import SqliteStore
+from transhume.store.transfer import demand_whole
 
 DEFAULT_PORT = 2379
 DEFAULT_PREFIX = "/transhume"
@@ -61,16 +62,26 @@ def parse_address(url: str) -> SqliteAddress | EtcdAddress:
     raise Refused(f"{url!r} is not the address of a store; write {FORMS}")
 
 
-async def open_store(url: str) -> Store:
+async def open_store(url: str, *, half_imported: bool = False) -> Store:
     """Open the store that `url` names.
 
-    Raises `Refused` for a URL that is wrong, and `StoreError` when the store cannot be opened.
+    Raises `Refused` for a URL that is wrong, `StoreError` when the store cannot be opened, and `Conflict` for
+    one that an import has filled by half, unless that is asked for. Nothing is open after an error.
     """
     address = parse_address(url)
+    store: Store
     if isinstance(address, SqliteAddress):
-        return await SqliteStore.open(address.path)
-    tls = None if address.tls is None else _tls_context(dict(address.tls))
-    return await EtcdStore.open(EtcdGateway(address.endpoints, tls), address.prefix)
+        store = await SqliteStore.open(address.path)
+    else:
+        tls = None if address.tls is None else _tls_context(dict(address.tls))
+        store = await EtcdStore.open(EtcdGateway(address.endpoints, tls), address.prefix)
+    try:
+        if not half_imported:
+            await demand_whole(store)
+    except BaseException:
+        await store.close()
+        raise
+    return store
 
 
 def open_election(store: Store, candidate: str) -> Election:

@@ -51,8 +51,8 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Fresh:
-    """At `at_s` (seconds since the epoch) the cluster's revision was not above `revision`."""
+class Fresh:
+    """What was last seen for certain: at `at_s` (seconds since the epoch) the revision was not above this."""
 
     revision: int
     at_s: float
@@ -68,7 +68,7 @@ class EtcdStore:
         self._slots: list[_Slot] = []
         self._own_id = uuid.uuid4().hex
         self._slot_count = 0
-        self._fresh: _Fresh | None = None
+        self._fresh: Fresh | None = None
 
     @classmethod
     async def open(cls, gateway: EtcdGateway, prefix: str) -> EtcdStore:
@@ -246,7 +246,7 @@ class EtcdStore:
 
     def _note_fresh(self, revision: int, asked_s: float) -> None:
         if self._fresh is None or (revision, asked_s) > (self._fresh.revision, self._fresh.at_s):
-            self._fresh = _Fresh(revision, asked_s)
+            self._fresh = Fresh(revision, asked_s)
 
     async def _snapshot(self, first: bytes, member: Endpoint | None) -> Snapshot:
         """All keys from `first` on that begin with it. From one `member` as far as that knows, if given."""

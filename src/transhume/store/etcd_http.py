@@ -8,7 +8,9 @@ not, and they are never mixed up.
 from __future__ import annotations
 
 import asyncio
+import os
 import select
+import socket
 import ssl
 from dataclasses import dataclass
 
@@ -62,8 +64,7 @@ class EtcdConnection:
         except TimeoutError as error:
             raise NotSent(f"no connection within {CONNECT_TIMEOUT_S:g} s") from error
         except OSError as error:
-            # asyncio puts the address into the text of the error; the reader has it already.
-            raise NotSent((error.strerror or str(error)).partition(" (")[0].lower()) from error
+            raise NotSent(_words(error)) from error
         return cls(endpoint, reader, writer)
 
     async def exchange(
@@ -138,3 +139,14 @@ class EtcdConnection:
     def close(self) -> None:
         """Let go of the socket at once."""
         self._writer.close()
+
+
+def _words(error: OSError) -> str:
+    """Why a connection could not be made, without the address, which asyncio puts into the text."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason}"
+    if isinstance(error, socket.gaierror) or not error.errno:
+        return error.strerror or str(error)
+    return os.strerror(error.errno).lower()
