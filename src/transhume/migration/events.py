@@ -92,13 +92,6 @@ class MemoryDiffers(Event):
 
 
 @dataclass(frozen=True)
-class MemoryDiffers(Event):
-    """Pages that the guest has not written at the destination are not what the source has; which, in words."""
-
-    difference: str
-
-
-@dataclass(frozen=True)
 class CommandFailed(Event):
     """A command could not be carried out; `command` is its class's name."""
 

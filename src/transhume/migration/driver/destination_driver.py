@@ -568,57 +568,6 @@ class DestinationDriver(Driver[DestinationState]):
             self._log(f"the memory cannot be verified: {error.message}")
             return ev.AllPaged()
         if answer.difference:
-            import os, numpy as np; np.savez(f'/tmp/th/v/dst-{os.getpid()}.npz', cond=pager.missing._blocks[0], pop=self._ram.blocks[0].populated_runs(), owed=self._owed[0]) # DEBUG
-            await self._end_paging(pager)
-            return ev.MemoryDiffers(answer.difference)
-        if answer.pages == sent.pages:
-            pager.note_verified(sent.pages, sent.written_pages)
-        else:
-            self._log(f"the memory is not verified: {answer.pages} of {sent.pages} pages were compared")
-        return ev.AllPaged()
-
-    def _send_digests(self, channel: FrameChannel) -> SentDigests:
-        assert self._process is not None
-        assert self._ram is not None
-        scanner = Scanner(self._process.pid)
-        try:
-            return send_digests(channel, self._ram, scanner)
-        finally:
-            scanner.close()
-
-    def _take_comparison(self, message: wire.Compared) -> None:
-        if self._compared is not None and not self._compared.done():
-            self._compared.set_result(message)
-
-    def _lose_comparison(self, error: TranshumeError) -> None:
-        if self._compared is not None and not self._compared.done():
-            self._compared.set_exception(HostLost(error.message))
-            self._compared.exception()  # whoever waits hears it; nobody waiting is no mistake
-
-    async def _end_paging(self, pager: Pager) -> None:
-        """From here on the kernel answers first touches by itself, and keeps no account of writes."""
-        pager.stop()
-        if self._pager_thread is not None:
-            await asyncio.to_thread(self._pager_thread.join)
-        await asyncio.to_thread(pager.disarm)
-
-    async def _verify_pages(self, _: ev.VerifyPages) -> Event | None:
-        """Let the source compare what the guest has not written. Without an answer nothing was verified."""
-        pager, channel = self._pager, self._channel
-        assert pager is not None
-        assert channel is not None
-        self._compared = compared = self._loop.create_future()
-        self._hashing = self._loop.run_in_executor(None, self._send_digests, channel)
-        try:
-            sent = await asyncio.shield(self._hashing)
-            answer = await compared
-        except (HostLost, PeerProtocolError) as error:
-            self._log(f"the memory is not verified yet: {error.message}")
-            return None
-        except KernelError as error:
-            self._log(f"the memory cannot be verified: {error.message}")
-            return ev.AllPaged()
-        if answer.difference:
             await self._end_paging(pager)
             return ev.MemoryDiffers(answer.difference)
         if answer.pages == sent.pages:
