@@ -46,6 +46,8 @@ class SimDestinationMover(SimMover):
         self._heard_s = 0.0
         self._paging_since_s = 0.0
         self._paged_is_due = False
+        self._compares = False
+        self.heard_difference = ""
 
     @property
     def accepts(self) -> bool:
@@ -72,7 +74,8 @@ class SimDestinationMover(SimMover):
         self._take_over_paging(self.host.owed)
         self.tell(ev.Recovered(state_may_be_sent=True))
         if not self._pages:
-            self.after(0.0, self.tell, ev.AllPaged())
+            past = predecessor_state == DestinationState.RUNNING
+            self.after(0.0, self.tell, ev.AllPaged() if past else self._when_placed())
 
     def _made(self) -> None:
         if self.vm.status is VmStatus.ABSENT:
@@ -94,6 +97,9 @@ class SimDestinationMover(SimMover):
             self.send(Word.COMMITTED)
         elif isinstance(command, ev.TellPeerRunning):
             self.send(Word.RUNNING)
+        elif isinstance(command, ev.VerifyPages):
+            self._compares = True
+            self.work(self.world.rng.uniform(0.001, 1.0), self._send_digests)
         elif isinstance(command, ev.TellPeerPaged):
             self._paged_is_due = True
             self.after(0.01, self._paged)
@@ -105,7 +111,7 @@ class SimDestinationMover(SimMover):
             raise NotImplementedError(f"the simulated destination cannot carry out {command}")
 
     def tell(self, event: Event) -> None:
-        if event is TICK and self._pages:
+        if event is TICK and (self._pages or self._compares):
             self._miss_the_source()
         super().tell(event)
         if isinstance(event, ev.VmResumed):
@@ -119,7 +125,7 @@ class SimDestinationMover(SimMover):
             super().tell(ev.LinkLost("timed-out", "the source says nothing"))
             self.lost()
         give_up_s, since_s = options.give_up_after_s, self._alone_since_s
-        if since_s is None or self.machine.state is not DestinationState.PAGING:
+        if since_s is None or not self._pages or self.machine.state is not DestinationState.PAGING:
             return
         if "lacks pages" not in self.machine.runs_at:
             raise Violation(f"alone since {since_s:.1f} s, and does not say so: {self.machine.runs_at}")
@@ -145,6 +151,8 @@ class SimDestinationMover(SimMover):
             self.work(self.world.rng.uniform(0.001, 0.1), self._native_loaded, message.number)
         elif message.word is Word.ABORT:
             self.tell(ev.PeerAborted(message.text))
+        elif message.word is Word.COMPARED:
+            self._take_comparison(message.text)
         elif message.word is Word.FINISHED:
             self.tell(ev.PeerFinished())
 
@@ -158,7 +166,9 @@ class SimDestinationMover(SimMover):
         if self._pages is None:
             self.send(Word.WELCOME)
         else:
-            self.send(Word.MISSING, pages=tuple(sorted(self._pages)))
+            past = self.machine.state in (DestinationState.RUNNING, DestinationState.DONE)
+            to_compare = self.world.plan.options.verify and not past
+            self.send(Word.MISSING, text="to compare" * to_compare, pages=tuple(sorted(self._pages)))
 
     def _take_last_pages(self, message: Message) -> None:
         if self.world.plan.options.engine is not Engine.QEMU:
@@ -245,6 +255,25 @@ class SimDestinationMover(SimMover):
             self.vm.place(page)
             self._pages.discard(page)
         if not self._pages:
+            self.tell(self._when_placed())
+
+    def _when_placed(self) -> Event:
+        return ev.AllPlaced() if self.world.plan.options.verify else ev.AllPaged()
+
+    def _send_digests(self) -> None:
+        """What is said on a connection that has ended is said again on the next."""
+        if self._compares:
+            self.send(Word.DIGESTS)
+
+    def _take_comparison(self, difference: str) -> None:
+        if not self._compares:
+            return
+        self._compares = False
+        if difference:
+            self.heard_difference = difference
+            self.vm.guard(False)
+            self.tell(ev.MemoryDiffers(difference))
+        else:
             self.tell(ev.AllPaged())
 
     def unplaced(self, pages: tuple[int, ...]) -> tuple[int, ...]:

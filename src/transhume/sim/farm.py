@@ -9,7 +9,7 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import UnexpectedEvent
 from transhume.migration.source import SourceMachine, SourceState
-from transhume.model.errors import PagesLost
+from transhume.model.errors import MemoryDiffers, PagesLost
 from transhume.model.migration import Migration, Outcome
 from transhume.sim.destination_mover import SimDestinationMover
 from transhume.sim.host import SimHost
@@ -350,9 +350,22 @@ class SimFarm:
             states = ", ".join(f"{side}: {host.last_state}" for side, host in self._hosts.items())
             raise Violation(f"it does not end: {states} after {self._schedule.now_s:.0f} s")
         self._invariants.at_the_end(self._world.cleaning_failed)
+        self._demand_that_differences_are_told()
         for side, host in self._hosts.items():
             if host.last_word:
                 self._invariants.last_word(side, host.last_word)
+
+    def _demand_that_differences_are_told(self) -> None:
+        """Each end whose last mover heard of one says so in its last word, if its VM is not lost besides."""
+        source, destination = self._movers.get(Side.SOURCE), self._movers[Side.DESTINATION]
+        for mover, heard in (
+            (source, isinstance(source, SimSourceMover) and source.found_difference),
+            (destination, isinstance(destination, SimDestinationMover) and destination.heard_difference),
+        ):
+            if not heard or mover is None or mover.machine.state.value != "done":
+                continue
+            if mover.machine.error_code not in (MemoryDiffers.code, "vmm"):
+                raise Violation(f"the {mover.side} knows that the memory differs, and does not say so")
 
     def _is_let_through(self) -> bool:
         """What the machines and movers do not stand yet. A test sees to it that each is still needed."""

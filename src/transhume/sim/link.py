@@ -27,6 +27,8 @@ class Word(StrEnum):
     PAGE = "page"
     MISSING = "missing"
     PAGED = "paged"
+    DIGESTS = "digests"
+    COMPARED = "compared"
     STATE = "state"
     NATIVE_STREAM = "native-stream"
     ABORT = "abort"
@@ -41,7 +43,8 @@ class Word(StrEnum):
 class Message:
     """One word with what belongs to it: a pass's number, or the content that pages or state were taken of.
 
-    `pages` are those that are owed, asked for, or here.
+    `pages` are those that are owed, asked for, or here. With MISSING, `text` says whether they are to be
+    compared; with COMPARED, what differs.
     """
 
     word: Word

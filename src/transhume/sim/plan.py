@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from random import Random
 
@@ -85,6 +85,7 @@ class Plan:
     request_doubled_share: float
     late_echo_share: float
     owed_pages: int
+    memory_differs: bool
     load_hangs: bool
     source_never_begins: bool
     record_outlives_the_begin: bool
@@ -139,7 +140,7 @@ def draw(rng: Random) -> Plan:
         faults.append(_fault(rng))
         if faults[-1].kind is FaultKind.KILL_MOVER and rng.random() < 0.5:
             faults.append(_second_blow(rng, faults[-1].side))
-    return Plan(
+    plan = Plan(
         options=_options(rng),
         guest=_guest(rng),
         faults=tuple(faults),
@@ -151,12 +152,23 @@ def draw(rng: Random) -> Plan:
         request_doubled_share=rng.choice((0.0, 0.3)) if troubled else 0.0,
         late_echo_share=rng.choice((0.0, 0.5)),
         owed_pages=rng.randint(1, 6),
+        memory_differs=False,
         load_hangs=troubled and rng.random() < 0.03,
         source_never_begins=troubled and rng.random() < 0.03,
         record_outlives_the_begin=rng.random() < 0.5,
         controller=rng.choice((Side.SOURCE, Side.DESTINATION, None)),
         heal_s=rng.uniform(2.0, 30.0),
     )
+    return _verified(plan)
+
+
+def _verified(plan: Plan) -> Plan:
+    """A quarter of the plans has its pages verified. Nothing is drawn for it, so that the others stay."""
+    share = int(plan.heal_s * 1e6)
+    if share % 4 or not plan.options.may_page:
+        return plan
+    options = plan.options.model_copy(update={"verify": True})
+    return replace(plan, options=options, memory_differs=share % 3 == 0)
 
 
 def _options(rng: Random) -> MigrationOptions:

@@ -58,6 +58,7 @@ class SimSourceMover(SimMover):
         self._resumed_there = False
         self._reconnects = 0
         self._reconnecting = False
+        self.found_difference = ""
 
     def begin(self, predecessor_state: str | None) -> None:
         if not self.vm.lives and predecessor_state is not None:
@@ -141,8 +142,10 @@ class SimSourceMover(SimMover):
             self.tell(ev.PeerRunning(0.001, 0.001, 0.001))
         elif message.word is Word.FETCH:
             self._answer(message.pages)
+        elif message.word is Word.DIGESTS:
+            self.after(self.world.rng.uniform(0.001, 1.0), self._compare)
         elif message.word is Word.MISSING:
-            self._reconnected(message.pages)
+            self._reconnected(message.pages, to_compare=bool(message.text))
         elif message.word is Word.PAGED:
             self.host.owed = None  # a successor must not take for owed what has come
             self.tell(ev.PeerPaged(PagingReport()))
@@ -309,13 +312,23 @@ class SimSourceMover(SimMover):
             self.drop_link()
             self.tell(ev.CommandFailed("Reconnect", "host-lost", "the destination does not answer"))
 
-    def _reconnected(self, missing: tuple[int, ...]) -> None:
+    def _compare(self) -> None:
+        """The source's memory is the truth; the machine hears of a difference before the destination does."""
+        difference = "page 1 of ram0" if self.world.plan.memory_differs else ""
+        if not self.has_ram:
+            return
+        if difference:
+            self.found_difference = difference
+            self.tell(ev.MemoryDiffers(difference))
+        self.send(Word.COMPARED, text=difference)
+
+    def _reconnected(self, missing: tuple[int, ...], to_compare: bool) -> None:
         self._reconnecting = False
-        if not missing:
+        if not missing and not to_compare:
             self.host.owed = None
         self._owed = list(missing)
         self._resumed_there = True
-        self.tell(ev.Reconnected(len(missing)))
+        self.tell(ev.Reconnected(len(missing), to_compare))
 
     def lost(self) -> None:
         self._reconnect_failed(self._reconnects)
