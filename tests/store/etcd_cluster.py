@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import time
@@ -40,6 +41,9 @@ class EtcdCluster:
     folder: Path
     members: list[Member]
     options: Sequence[str] = ()
+    tls: ssl.SSLContext | None = None
+    """How this file's own questions are asked; its members speak TLS by `options`."""
+
     stopped: set[str] = field(default_factory=set)
 
     @property
@@ -55,7 +59,8 @@ class EtcdCluster:
         """Start these members, on whatever is in their folders."""
         peers = ",".join(f"{one.name}=http://{ADDRESS}:{one.peer_port}" for one in self.members)
         for member in members:
-            client, peer = (f"http://{ADDRESS}:{port}" for port in (member.client_port, member.peer_port))
+            client = f"{'https' if self.tls else 'http'}://{ADDRESS}:{member.client_port}"
+            peer = f"http://{ADDRESS}:{member.peer_port}"
             assert ETCD is not None
             with (self.folder / f"{member.name}.log").open("ab") as log:
                 member.process = subprocess.Popen(
@@ -91,7 +96,7 @@ class EtcdCluster:
         """Wait until every living member knows a leader and answers reads that need one."""
         deadline_s = time.monotonic() + READY_LIMIT_S
         for member in self.members:
-            while member.process is not None and not _is_ready(member):
+            while member.process is not None and not self._is_ready(member):
                 assert time.monotonic() < deadline_s, f"{member.name} is not ready: {self._tail(member)}"
                 assert member.process.poll() is None, f"{member.name} has ended: {self._tail(member)}"
                 time.sleep(0.05)
@@ -100,7 +105,7 @@ class EtcdCluster:
         """The member that leads now."""
         for member in self.members:
             if member.process is not None and member.name not in self.stopped:
-                status = _ask(member, "/v3/maintenance/status", {})
+                status = self._ask(member, "/v3/maintenance/status", {})
                 if status and status.get("leader") == status["header"]["member_id"]:
                     return member
         raise AssertionError("no member leads")
@@ -117,9 +122,32 @@ class EtcdCluster:
     def _tail(self, member: Member) -> str:
         return (self.folder / f"{member.name}.log").read_text()[-2000:]
 
+    def _is_ready(self, member: Member) -> bool:
+        return self._ask(member, "/v3/kv/range", {"key": "AA=="}) is not None
+
+    def _ask(self, member: Member, path: str, request: dict[str, str]) -> dict[str, Any] | None:
+        if self.tls is None:
+            connection = http.client.HTTPConnection(ADDRESS, member.client_port, timeout=2.0)
+        else:
+            connection = http.client.HTTPSConnection(
+                ADDRESS, member.client_port, timeout=2.0, context=self.tls
+            )
+        try:
+            connection.request("POST", path, json.dumps(request))
+            answer = connection.getresponse()
+            body = answer.read()
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()
+        if answer.status != 200:
+            return None
+        parsed: dict[str, Any] = json.loads(body)
+        return parsed
+
 
 @contextlib.contextmanager
-def cluster(size: int, *options: str) -> Iterator[EtcdCluster]:
+def cluster(size: int, *options: str, tls: ssl.SSLContext | None = None) -> Iterator[EtcdCluster]:
     """A cluster of `size` members in a folder of its own; both are gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="th-etcd-", dir="/tmp"))
     ports = _free_ports(2 * size)
@@ -127,7 +155,7 @@ def cluster(size: int, *options: str) -> Iterator[EtcdCluster]:
         Member(f"m{number}", ports[2 * number], ports[2 * number + 1], folder / f"m{number}")
         for number in range(size)
     ]
-    made = EtcdCluster(folder, members, options)
+    made = EtcdCluster(folder, members, options, tls)
     try:
         made.start(*members)
         made.wait_ready()
@@ -144,23 +172,3 @@ def _free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind((ADDRESS, 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _is_ready(member: Member) -> bool:
-    return _ask(member, "/v3/kv/range", {"key": "AA=="}) is not None
-
-
-def _ask(member: Member, path: str, request: dict[str, str]) -> dict[str, Any] | None:
-    connection = http.client.HTTPConnection(ADDRESS, member.client_port, timeout=2.0)
-    try:
-        connection.request("POST", path, json.dumps(request))
-        answer = connection.getresponse()
-        body = answer.read()
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
-    if answer.status != 200:
-        return None
-    parsed: dict[str, Any] = json.loads(body)
-    return parsed
