@@ -35,6 +35,11 @@ def large_guest(bench: Bench) -> list[Figure]:
                 rates[contender].append(_first_pass_mb_s(move))
                 if contender == OURS:
                     moves.append(move)
+                else:
+                    # QEMU reads the zero pages that it is told of, and a page of a shared memfd that is read
+                    # has memory behind it from then on: the next pass would find three times as much to look
+                    # at. A move by the other engine leaves the memory as it was.
+                    player.move(*CONTENDERS[OURS][:1], *CONTENDERS[OURS][1])
             else:
                 touched = contender == TOUCHED
                 rate = loopback.measure(player.host, player.elsewhere, _RAW_BYTES, touched)
