@@ -39,6 +39,7 @@ HELD: dict[str, Any] = {
     "on_deadline": "abort",
     "peer_silence_limit_s": 60.0,
     "verify": True,
+    "post_copy": False,
 }
 """Options with which the pre-copy goes on until the guest is told to sweep over few pages."""
 

@@ -109,7 +109,7 @@ async def test_claims_5_and_21_further_units_after_the_vm_runs_there(farm: Farm)
 
 async def test_claims_13_and_29_under_the_threshold_and_then_after_the_vm_runs_there(farm: Farm) -> None:
     guest = await SteeredGuest.boot(farm)
-    held = {key: value for key, value in HELD.items() if key != "verify"}
+    held = {key: value for key, value in HELD.items() if key != "post_copy"}
     migration = await farm.begin("vm", "beta", **held, mode=Mode.HYBRID)
     await guest.precopied(migration, 3)
     executed = await guest.executes("alpha")

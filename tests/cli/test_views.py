@@ -20,8 +20,11 @@ from transhume.model.migration import (
     DryRun,
     IterationReport,
     Migration,
+    MigrationOptions,
     MigrationReport,
+    Mode,
     Outcome,
+    PagingReport,
     Phase,
     Progress,
 )
@@ -136,6 +139,24 @@ def test_the_report_of_a_move() -> None:
     ):
         assert words in text
     assert "verify" not in text
+
+
+@pytest.mark.parametrize(
+    ("verified_pages", "words"),
+    [
+        (12_000, "12000 pages are equal at both hosts; 288 were written at the destination"),
+        (0, "NOT VERIFIED: "),
+    ],
+)
+def test_what_was_verified_after_the_resume_is_told_and_what_was_not(verified_pages: int, words: str) -> None:
+    report = MigrationReport(
+        paging=PagingReport(owed_pages=9, verified_pages=verified_pages, written_pages=288)
+    )
+    record = RECORD.model_copy(update={"outcome": Outcome.COMPLETED, "report": report})
+    assert "at both hosts" not in printed(migration_report(record))
+    assert "VERIFIED" not in printed(migration_report(record))
+    options = MigrationOptions(mode=Mode.POST_COPY, verify=True)
+    assert words in printed(migration_report(record.model_copy(update={"options": options})))
 
 
 def test_the_report_of_a_failure_says_why_and_where() -> None:

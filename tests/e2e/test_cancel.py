@@ -59,7 +59,9 @@ async def test_cancel_while_the_destination_prepares(farm: Farm) -> None:
 async def test_cancel_at_the_switchover_is_decided_by_the_register(farm: Farm) -> None:
     """The destination's mover stands still with the state in its hands: the source's swap comes first."""
     await farm.boot("vm", memory_bytes=64 << 20)
-    migration = await farm.begin("vm", "beta", verify=True, bandwidth_bytes_s=SLOW_BYTES_S // 2)
+    migration = await farm.begin(
+        "vm", "beta", verify=True, post_copy=False, bandwidth_bytes_s=SLOW_BYTES_S // 2
+    )
     await farm.in_phase(migration, Phase.PRECOPY)
     mover = farm.mover_pid(migration, "beta", Role.DESTINATION)
     os.kill(mover, signal.SIGSTOP)

@@ -226,7 +226,7 @@ async def _held_at_the_commit(farm: Farm) -> str:
     await farm.boot_linux("vm")
     with Observer([farm.vm_dir("vm", "alpha") / "serial.log"]) as observer:
         observer.wait_until_ready(90)
-    migration = await farm.begin("vm", "beta", verify=True, peer_silence_limit_s=30.0)
+    migration = await farm.begin("vm", "beta", verify=True, post_copy=False, peer_silence_limit_s=30.0)
     source = MoverFolder.of(farm.lab["alpha"].state_dir / "migrations", migration, Role.SOURCE)
     destination = MoverFolder.of(farm.lab["beta"].state_dir / "migrations", migration, Role.DESTINATION)
 
@@ -334,7 +334,9 @@ async def test_the_deadline_aborts(farm: Farm) -> None:
 async def test_the_deadline_switches(farm: Farm) -> None:
     """In the middle of the first pass: the rest travels while the VM is suspended, and nothing is lost."""
     await farm.boot("vm")
-    record = await farm.migrate("vm", "beta", bandwidth_bytes_s=SLOW_BYTES_S, deadline_s=1.5, verify=True)
+    record = await farm.migrate(
+        "vm", "beta", bandwidth_bytes_s=SLOW_BYTES_S, deadline_s=1.5, verify=True, post_copy=False
+    )
     assert record.outcome is Outcome.COMPLETED, record.error
     assert record.report.switch_reason == "the deadline passed"
     await farm.assert_sound("vm", "beta")

@@ -280,7 +280,12 @@ async def test_a_cancel_and_then_many_passes_under_kvm(hosts: Hosts) -> None:
     newest = await hosts.assert_sound("alpha", newest)
 
     update = await hosts.move(
-        "beta", verify=True, bandwidth_bytes_s=1 << 20, max_downtime_ms=1.0, max_iterations=4
+        "beta",
+        verify=True,
+        post_copy=False,
+        bandwidth_bytes_s=1 << 20,
+        max_downtime_ms=1.0,
+        max_iterations=4,
     )
     assert update.outcome is Outcome.COMPLETED, update.error
     assert update.report is not None

@@ -103,7 +103,12 @@ def migrate(
     ] = None,
     max_iterations: Annotated[int, typer.Option("--max-iterations")] = _DEFAULTS.max_iterations,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare a hash of all RAM; lengthens the downtime.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare hashes of the RAM: at the switchover, which lengthens the downtime, or once all "
+            "pages that were owed are there.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would meet.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,

@@ -146,6 +146,8 @@ def migration_report(record: Migration) -> Group:
         parts += [Text(""), _downtime_table(report.downtime)]
     if report.paging is not None:
         parts += [Text(""), _paging_table(report.paging)]
+        if record.options.verify and record.outcome is Outcome.COMPLETED:
+            parts.append(Text(_verdict_of_verify(report.paging)))
     if report.wire_bytes:
         sent = f"{bytes_in_words(report.wire_bytes)} sent for {bytes_in_words(report.ram_bytes)} of RAM"
         if report.state_bytes:
@@ -247,6 +249,15 @@ def _paging_table(paging: PagingReport) -> Table:
         ms_in_words(paging.residual_ms),
     )
     return table
+
+
+def _verdict_of_verify(paging: PagingReport) -> str:
+    if not paging.verified_pages:
+        return "NOT VERIFIED: the source was lost before the memory could be compared"
+    return (
+        f"{paging.verified_pages} pages are equal at both hosts; {paging.written_pages} were written at the "
+        "destination before they could be compared"
+    )
 
 
 def _style(record: Migration) -> str:
