@@ -65,7 +65,9 @@ class EtcdCluster:
             with (self.folder / f"{member.name}.log").open("ab") as log:
                 member.process = subprocess.Popen(
                     [
-                        *(ETCD, "--name", member.name, "--data-dir", str(member.folder)),
+                        # Members end with the tests even if these are killed and clean nothing up.
+                        *("setpriv", "--pdeathsig", "KILL", ETCD),
+                        *("--name", member.name, "--data-dir", str(member.folder)),
                         *("--listen-client-urls", client, "--advertise-client-urls", client),
                         *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
                         *("--initial-cluster", peers, *self.options),

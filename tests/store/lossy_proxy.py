@@ -13,12 +13,16 @@ import httpx
 from tests.store.etcd_cluster import ADDRESS
 
 
+_FULL = b'{"error": "x", "message": "etcdserver: mvcc: database space exceeded", "code": 8}'
+
+
 class Fate(Enum):
     """What becomes of a transaction."""
 
     PASS = "it is carried out and answered"
     LOSE_ANSWER = "it is carried out, and the connection breaks before the answer"
     LOSE_REQUEST = "the connection breaks before it is carried out"
+    CALL_FULL = "it is carried out, and answered as etcd does when that has used up its quota"
     HOLD = "as before, but it is kept, and carried out when `release` is called"
 
 
@@ -67,8 +71,11 @@ class LossyProxy:
         answer = await client.post(self._url(path), content=body)
         if fate is Fate.LOSE_ANSWER:
             return False
-        head = f"HTTP/1.1 {answer.status_code} X\r\nContent-Length: {len(answer.content)}\r\n\r\n"
-        writer.write(head.encode() + answer.content)
+        status, content = answer.status_code, answer.content
+        if fate is Fate.CALL_FULL:
+            status, content = 429, _FULL
+        head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
         await writer.drain()
         return True
 

@@ -119,6 +119,18 @@ async def test_a_cancelled_transaction_does_not_disturb_the_next(store: Store) -
         assert entry is not None
 
 
+async def test_a_change_that_used_up_the_quota_was_made_although_etcd_says_full(
+    store: Store, proxy: LossyProxy
+) -> None:
+    proxy.fates = [Fate.CALL_FULL]
+    revision = await store.transact(compares=[Compare("a", ABSENT)], puts={"a": b"1"})
+    entry = await store.get("a")
+    assert entry is not None
+    assert (entry.value, entry.mod_revision) == (b"1", revision)
+    assert revision is not None
+    assert await store.transact(compares=[Compare("a", revision)], puts={"a": b"2"}) is not None
+
+
 async def test_a_full_quota_refuses_and_what_was_acknowledged_is_there() -> None:
     if ETCD is None:
         pytest.skip(SKIP_REASON)
