@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import httpx
 from tests.store.etcd_cluster import ADDRESS
 
-
 _FULL = b'{"error": "x", "message": "etcdserver: mvcc: database space exceeded", "code": 8}'
 
 
