@@ -14,6 +14,7 @@ import pytest
 from tests.memory.processes import needs_tracking
 from tests.migration.paging.guest import Guest, content, guest_process, marked
 
+from transhume.memory.pagemap import Scanner
 from transhume.memory.userfaultfd import REGISTER_MISSING, REGISTER_WP, Userfaultfd, create_here
 from transhume.model.errors import KernelError, VmmError
 from transhume.model.vm import PAGE_BYTES
@@ -104,6 +105,47 @@ def test_zeros_are_placed_where_nothing_is(guest: Guest, there: tuple[int, ...])
         assert guest.saw(expected)
     # A successor must be able to tell them from missing ones.
     assert guest.ram.blocks[0].populated_runs().tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("protects_first", [False, True])
+def test_pages_that_are_placed_protected_are_written_when_the_guest_writes(
+    guest: Guest, protects_first: bool
+) -> None:
+    """Whether somebody waits for the page or not, to read or to write, and whatever was there before."""
+    guest.uffd.register(guest.address(0, 0), PAGES * PAGE_BYTES, REGISTER_MISSING | REGISTER_WP)
+    if protects_first:
+        guest.uffd.write_protect(guest.address(0, 0), PAGES * PAGE_BYTES)
+    scanner = Scanner(guest.child.pid)
+
+    def place(first: int, source: Source) -> None:
+        placed = guest.uffd.copy(guest.address(0, first), source.address, source.length_bytes, True)
+        assert placed == source.length_bytes
+
+    def written(first: int, count: int) -> list[list[int]]:
+        return scanner.get(guest.address(0, first), count * PAGE_BYTES).tolist()
+
+    try:
+        guest.read_later(0, 20)
+        guest.until_it_waits()
+        place(20, Source(21))
+        assert guest.saw(content(0, 21))
+        place(21, Source(22, 23, 24))
+        assert written(20, 4) == []
+        guest.write_later(0, 24)
+        guest.until_it_waits()
+        place(24, Source(26))
+        assert guest.wrote()
+        assert guest.in_memory(0, 24) == marked(content(0, 26))
+        guest.write_later(0, 22)
+        assert guest.wrote()
+        guest.read_later(0, 23)
+        assert guest.saw(content(0, 24))
+        assert written(20, 5) == [[2, 1], [4, 1]]
+        assert written(20, 5) == [[2, 1], [4, 1]]
+        fill(guest, 25, Source(26))
+        assert written(25, 1) == [[0, 1]]  # placed without protection: it may have been written
+    finally:
+        scanner.close()
 
 
 def test_who_waits_gets_zeros(guest: Guest) -> None:

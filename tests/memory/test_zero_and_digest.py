@@ -13,7 +13,7 @@ from tests.memory.processes import make_memfd
 
 from transhume.memory import runs as page_runs
 from transhume.memory import zero
-from transhume.memory.digest import digest
+from transhume.memory.digest import DIGEST_BYTES, digest, digest_of_runs, first_page_not_zero
 from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam
 from transhume.model.vm import PAGE_BYTES
 
@@ -83,8 +83,40 @@ def test_the_same_content_in_another_piece_differs(two_blocks: tuple[GuestBlock,
     assert digest(left) != digest(right)
 
 
+def test_runs_have_the_digest_of_their_content_and_no_other(
+    two_blocks: tuple[GuestBlock, GuestBlock],
+) -> None:
+    left, right = two_blocks
+    runs = page_runs.from_pages(np.array([3, 4, 300, 599], dtype=np.int64))
+    long = page_runs.single(0, PAGES)
+    for block in two_blocks:
+        write(block, 4, b"content")
+    write(right, 300, b"")
+    write(right, 7, b"elsewhere")
+    assert digest_of_runs(left, runs) == digest_of_runs(right, runs)
+    assert len(digest_of_runs(left, runs)) == DIGEST_BYTES
+    assert digest_of_runs(left, long) != digest_of_runs(right, long)
+    write(right, 599, b"more")
+    assert digest_of_runs(left, runs) != digest_of_runs(right, runs)
+
+
+def test_the_first_page_with_content_is_found(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
+    block, _ = two_blocks
+    assert first_page_not_zero(block, page_runs.single(0, PAGES)) is None
+    assert first_page_not_zero(block, page_runs.empty()) is None
+    write(block, 10, b"")
+    write(block, 11, b"elsewhere")
+    write(block, 400, b"content")
+    but_11 = page_runs.subtract(page_runs.single(0, PAGES), page_runs.single(11, 1))
+    assert first_page_not_zero(block, but_11) == 400
+    assert first_page_not_zero(block, page_runs.single(0, PAGES)) == 11
+    assert first_page_not_zero(block, page_runs.single(401, 100)) is None
+
+
 def test_reading_allocates_nothing(two_blocks: tuple[GuestBlock, GuestBlock]) -> None:
     block, _ = two_blocks
     write(block, 100, b"content")
     digest(block)
+    digest_of_runs(block, page_runs.single(90, 200))
+    first_page_not_zero(block, page_runs.single(0, PAGES))
     assert block.populated_runs().tolist() == [[100, 1]]
