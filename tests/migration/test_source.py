@@ -805,6 +805,16 @@ def test_memory_that_nobody_needs_any_more_is_no_loss(talk: Talk) -> None:
     assert talk.machine.error_code == ""
 
 
+@conversation(after=(to_reconnecting,), verify=True)
+def test_memory_that_is_needed_for_a_comparison_alone_is_no_loss(talk: Talk) -> None:
+    placed = ev.MigrationKnown(going_on=True, lacks_nothing=True)
+    talk.tell(placed)  # it is still to be verified
+    gone = ev.CommandFailed("Reconnect", PagesLost.code, "QEMU has ended, and nobody else has its memory")
+    talk.tell(gone, ev.AskController())
+    talk.tell(placed, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
+    assert talk.machine.error_code == ""
+
+
 @conversation(after=(to_reconnecting,))
 def test_a_destination_that_failed_ends_it(talk: Talk) -> None:
     failed_there = ev.MigrationKnown(going_on=False, failed=True)

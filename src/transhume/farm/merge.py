@@ -77,7 +77,15 @@ def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingR
     if held is None or new is None:
         return new or held
     fuller = max(
-        held, new, key=lambda each: (each.complete, each.faults + each.pushed_pages, each.owed_pages)
+        held,
+        new,
+        key=lambda each: (
+            each.complete,
+            not each.to_compare,
+            each.faults + each.pushed_pages,
+            each.owed_pages,
+            each.verified_pages,
+        ),
     )
     return fuller.model_copy(
         update={

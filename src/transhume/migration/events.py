@@ -260,14 +260,15 @@ class Listening(Event):
 class MigrationKnown(Event):
     """The controller's answer to step 3A's question: whether the migration still goes on.
 
-    `paged`: the destination has reported that no page is missing there any more; `pages_lost`: the source,
-    that it has lost pages which it owed. `failed`: an end has reported that the
-    migration failed. `revoked`: the register has gone on from the commit, so the VM is the destination's no
-    more.
+    `paged`: the destination has reported that it needs nothing from the source any more; `lacks_nothing`,
+    that no page is missing there, although they may still be verified. `pages_lost`: the source, that it has
+    lost pages which it owed. `failed`: an end has reported that the migration failed. `revoked`: the register
+    has gone on from the commit, so the VM is the destination's no more.
     """
 
     going_on: bool
     paged: bool = False
+    lacks_nothing: bool = False
     pages_lost: bool = False
     failed: bool = False
     revoked: bool = False

@@ -721,7 +721,9 @@ class SourceMachine(Machine[SourceState]):
             return self._all_paged(now_s)
         if event.failed:
             return self._end_owing("host-lost", "the destination has ended without the pages it was owed")
-        return self._lose_pages() if self._memory_lost else ()
+        if self._memory_lost:
+            return self._all_paged(now_s) if event.lacks_nothing else self._lose_pages()
+        return ()
 
     # --- back from a destination that is lost ----------------------------------------------------
 

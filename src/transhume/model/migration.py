@@ -223,7 +223,8 @@ class PagingReport(BaseModel):
 
     With `verify`: `verified_pages`, empty ones too, were not written since the switchover and equal the
     source's by hash; `written_pages` were written at the destination before that was known, so that nobody
-    can compare them. Without any verified page nothing was verified.
+    can compare them. Without any verified page nothing was verified. `to_compare`: the destination lacks
+    nothing, and needs the source for that alone.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -249,6 +250,7 @@ class PagingReport(BaseModel):
     link_lost_ms: float = 0.0
     verified_pages: int = 0
     written_pages: int = 0
+    to_compare: bool = False
 
 
 class MigrationReport(BaseModel):

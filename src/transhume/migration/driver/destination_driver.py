@@ -197,9 +197,8 @@ class DestinationDriver(Driver[DestinationState]):
         """What paging was like, once the last page is here: the source frees its memory on this word too."""
         if self._pager is None or self._pager.missing.left_pages:
             return None
-        return MigrationReport(
-            paging=self._pager.report().model_copy(update={"complete": not self._needs_comparison})
-        )
+        known = {"complete": True, "to_compare": self._needs_comparison}
+        return MigrationReport(paging=self._pager.report().model_copy(update=known))
 
     @property
     def _needs_comparison(self) -> bool:

@@ -251,7 +251,8 @@ class Driver(ABC, Generic[StateT]):
         paging = record.report.paging
         return ev.MigrationKnown(
             going_on=record.outcome is Outcome.RUNNING,
-            paged=paging is not None and paging.complete,
+            paged=paging is not None and paging.complete and not paging.to_compare,
+            lacks_nothing=paging is not None and paging.complete,
             pages_lost=record.error_code == PagesLost.code,
             failed=record.outcome is Outcome.FAILED,
             revoked=held.epoch > self.migration.epoch + 1,
