@@ -34,6 +34,10 @@ class Source:
         self.length_bytes = len(self.data)
 
 
+def fill_page(guest: Guest, page: int, source: Source) -> int:
+    return guest.uffd.copy_page(guest.address(0, page), source.address)
+
+
 def fill(guest: Guest, first: int, source: Source) -> int:
     return guest.uffd.copy(guest.address(0, first), source.address, source.length_bytes)
 
@@ -63,6 +67,15 @@ def test_who_misses_a_page_waits_is_named_and_goes_on(guest: Guest, write: bool)
         assert guest.saw(content(0, 3))
     assert guest.waiting() == (0, 0)
     assert guest.uffd.read_faults(0.0) == []
+
+
+def test_one_page_for_one_that_waits(guest: Guest) -> None:
+    guest.read_later(0, 9)
+    guest.until_it_waits()
+    assert fill_page(guest, 9, Source(5)) == PAGE_BYTES
+    assert guest.saw(content(0, 5))
+    assert fill_page(guest, 9, Source(6)) == 0
+    assert guest.in_memory(0, 9) == content(0, 5)
 
 
 def test_pages_that_nobody_waits_for_are_placed_too(guest: Guest) -> None:
@@ -166,7 +179,7 @@ def test_who_is_woken_without_the_page_faults_anew(guest: Guest) -> None:
     assert guest.saw(content(0, 31))
 
 
-@pytest.mark.parametrize("fills", ["copy", "zero_fill"])
+@pytest.mark.parametrize("fills", ["copy", "copy_page", "zero_fill"])
 def test_a_page_that_is_there_already_wakes_who_waits_for_it(guest: Guest, fills: str) -> None:
     """It came into the memfd by another way, so that nobody was woken."""
     guest.read_later(0, 12)
@@ -174,6 +187,8 @@ def test_a_page_that_is_there_already_wakes_who_waits_for_it(guest: Guest, fills
     os.pwrite(guest.ram.blocks[0].fd, content(0, 44), 12 * PAGE_BYTES)
     if fills == "copy":
         assert fill(guest, 12, Source(1)) == 0
+    elif fills == "copy_page":
+        assert fill_page(guest, 12, Source(1)) == 0
     else:
         assert guest.uffd.zero_fill(guest.address(0, 12), PAGE_BYTES) == 0
     assert guest.saw(content(0, 44))
@@ -205,6 +220,8 @@ def test_a_process_that_has_ended(guest: Guest) -> None:
     guest.child.process.wait()
     with pytest.raises(VmmError, match="ended"):
         fill(guest, 3, Source(3))
+    with pytest.raises(VmmError, match="ended"):
+        fill_page(guest, 3, Source(3))
     with pytest.raises(VmmError, match="ended"):
         guest.uffd.zero_fill(guest.address(0, 3), PAGE_BYTES)
     assert guest.uffd.read_faults(0.0) == []

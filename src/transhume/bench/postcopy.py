@@ -125,14 +125,16 @@ def _fault_latency(bench: Bench, moves: list[Move]) -> list[Figure]:
     there, back = bench.lab.hosts
     round_trips_us = [loopback.round_trip_us(there, back) for _ in range(bench.rounds)]
     reports = [_paging(move) for move in moves]
+    # The same sockets, the same moment: what a fault costs beyond it is what it costs to serve faults.
     name = "round trip of a page over the same sockets"
+    idle = "round trip of a page, hosts at rest"
     conditions = "the background push running, wire not limited"
     return [
         median_figure(
             "latency of a fault, median",
             "us",
             [report.fault_p50_us for report in reports],
-            {name: round_trips_us},
+            {name: [report.round_trip_p50_us for report in reports], idle: round_trips_us},
             lambda beside: Target(
                 f"at most that round trip and {LATENCY_ROOM_US:g} us", beside[name] + LATENCY_ROOM_US
             ),
@@ -142,7 +144,7 @@ def _fault_latency(bench: Bench, moves: list[Move]) -> list[Figure]:
             "latency of a fault, 99th percentile",
             "us",
             [report.fault_p99_us for report in reports],
-            {name: round_trips_us},
+            {idle: round_trips_us},
             lambda _: Target.under(P99_LIMIT_US, "us"),
             conditions,
         ),

@@ -22,6 +22,19 @@ libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
 libc.ptrace.restype = ctypes.c_long
 
+held = ctypes.PyDLL(None, use_errno=True)
+"""The same library, called without giving up the interpreter's lock. For calls of a few microseconds that do
+not wait, on a path where something waits for us: whoever gives the lock up may get it back only after another
+thread's turn, which is many times as long.
+"""
+held.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+held.read.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+held.read.restype = ctypes.c_ssize_t
+held.pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
+held.pread.restype = ctypes.c_ssize_t
+held.send.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int]
+held.send.restype = ctypes.c_ssize_t
+
 
 def checked(result: int) -> int:
     """The result of a libc call, or the `OSError` that it left in errno."""

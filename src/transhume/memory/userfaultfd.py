@@ -14,6 +14,7 @@ thread, take the device back, then `Userfaultfd.enable`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from transhume.memory.inject import inject_syscall
-from transhume.memory.syscalls import CLOSE, IOCTL, fetch_fd
+from transhume.memory.syscalls import CLOSE, IOCTL, checked, fetch_fd, held
 from transhume.model.errors import KernelError, VmmError
 from transhume.model.vm import PAGE_BYTES
 
@@ -60,6 +61,7 @@ _MESSAGE = struct.Struct("<B7xQQI4x")
 _MAX_MESSAGES = 64
 _COUNT = struct.Struct("q")
 _API_VERSION = 0xAA
+_CopyArgument = ctypes.c_uint64 * 5
 _PROTECT_STEP_BYTES = 1 << 30
 
 
@@ -83,6 +85,9 @@ class Userfaultfd:
     def __init__(self, fd: int, owner: str = "QEMU") -> None:
         self.fd = fd
         self._owner = owner
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+        self._messages = ctypes.create_string_buffer(_MESSAGE.size * _MAX_MESSAGES)
 
     def enable(self) -> None:
         """Agree on the version and `FEATURES` with the kernel; harmless when that was done before."""
@@ -127,18 +132,17 @@ class Userfaultfd:
             return
 
     def read_faults(self, timeout_s: float) -> list[Fault]:
-        """Wait for threads that miss a page; empty when none did within `timeout_s`."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
+        """Wait for threads that miss a page; empty when none did within `timeout_s`. For one thread alone."""
+        if not self._poll.poll(timeout_s * 1000):
             return []
         try:
-            data = os.read(self.fd, _MESSAGE.size * _MAX_MESSAGES)
+            # It does not wait: the descriptor was opened so.
+            length_bytes = checked(held.read(self.fd, self._messages, len(self._messages)))
         except BlockingIOError:
             return []  # another reader, or the thread was woken meanwhile
         return [
             Fault(address, thread, bool(flags & 1))
-            for event, flags, address, thread in _MESSAGE.iter_unpack(data)
+            for event, flags, address, thread in _MESSAGE.iter_unpack(self._messages.raw[:length_bytes])
             if event == _EVENT_PAGEFAULT
         ]
 
@@ -157,6 +161,16 @@ class Userfaultfd:
             return struct.pack("QQQQq", address + done, source_address + done, length_bytes - done, mode, 0)
 
         return self._fill(_COPY, argument, address, length_bytes)
+
+    def copy_page(self, address: int, source_address: int, write_protected: bool = False) -> int:
+        """As `copy`, for one page that somebody waits for: without giving the interpreter's lock to
+        another.
+        """
+        mode = _COPY_PROTECTED if write_protected else 0
+        argument = _CopyArgument(address, source_address, PAGE_BYTES, mode, 0)
+        if held.ioctl(self.fd, _COPY, ctypes.byref(argument)) == 0:
+            return PAGE_BYTES
+        return self.copy(address, source_address, PAGE_BYTES, write_protected)
 
     def zero_fill(self, address: int, length_bytes: int) -> int:
         """As `copy`, with zeros."""

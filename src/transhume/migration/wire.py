@@ -115,7 +115,7 @@ _MAGIC = b"Tshm"
 _HEADER = struct.Struct("<4sHBBHHIQ")
 _CRC = struct.Struct("<I")
 _RUN = struct.Struct("<II")
-_RUN_BYTES = _RUN.size
+RUN_BYTES = _RUN.size
 
 
 class FrameType(IntEnum):
@@ -184,7 +184,7 @@ class Header:
     @property
     def table_bytes(self) -> int:
         """The length of the table of runs at the payload's begin."""
-        return self.run_count * _RUN_BYTES
+        return self.run_count * RUN_BYTES
 
 
 class Message(BaseModel):
@@ -428,7 +428,7 @@ def encode_page_name(kind: FrameType, block_index: int, page: int, version: int 
     """As `encode_table`, or the begin of a PAGES frame, for one page: a vCPU waits for this, and numpy is
     slow for one row.
     """
-    length = _RUN_BYTES + (PAGE_BYTES if kind is FrameType.PAGES else 0)
+    length = RUN_BYTES + (PAGE_BYTES if kind is FrameType.PAGES else 0)
     return _encode_header(kind, length, block_index, 1, version) + _RUN.pack(page, 1)
 
 
@@ -553,7 +553,7 @@ class Decoder:
         if count != 1 or page >= self.block_pages[header.block_index]:
             return None
         content_bytes = PAGE_BYTES if header.type is FrameType.PAGES else 0
-        return int(page) if header.payload_bytes == _RUN_BYTES + content_bytes else None
+        return int(page) if header.payload_bytes == RUN_BYTES + content_bytes else None
 
     def _check_version(self, version: int) -> None:
         if self.version is None and not OLDEST_VERSION <= version <= VERSION:

@@ -56,8 +56,12 @@ class Rest(StrEnum):
 
 
 class Phase(StrEnum):
-    """The patent's steps (FIG. 3) as phases of one migration."""
+    """The patent's steps (FIG. 3) as phases of one migration.
 
+    `QUEUED` comes before them: an earlier migration of the VM still owes pages.
+    """
+
+    QUEUED = "queued"
     REQUESTED = "requested"
     PREPARED = "prepared"
     PRECOPY = "precopy"
@@ -213,11 +217,13 @@ class PagingReport(BaseModel):
     """What happened while the VM ran at the destination and pages were still owed.
 
     A fault is a vCPU (or QEMU) that needed a page which had not come: its latency is the time from the
-    kernel's notice to the page's placing. `latency_us_histogram` counts faults under each power of two of
+    kernel's notice to the page's placing; `round_trip_p50_us` is the part of it between the request for one
+    page and its last byte. `latency_us_histogram` counts faults under each power of two of
     microseconds. `waited_ms` sums up the latencies; `residual_ms` is the time during which the destination
     needed the source. `sent_twice_bytes` came once on demand and once in the background. `complete`: the
     destination itself has said that it lacks nothing. `link_lost_ms` is
-    the time without a connection, `link_losses` how often that began. `safe_copy_pages` were written to the
+    the time without a connection, `link_losses` how often that began, and `path` the destination's address
+    that the source came to last (empty: its host has only one). `safe_copy_pages` were written to the
     safe copy, which was complete `safe_copy_ms` after the resume (None: it was not), and `restored_pages`
     came from there; `safe_copy_error` says why there was none.
 
@@ -238,6 +244,7 @@ class PagingReport(BaseModel):
     fault_p50_us: float = 0.0
     fault_p99_us: float = 0.0
     fault_max_us: float = 0.0
+    round_trip_p50_us: float = 0.0
     latency_us_histogram: dict[int, int] = {}
     waited_ms: float = 0.0
     residual_ms: float = 0.0
@@ -248,6 +255,7 @@ class PagingReport(BaseModel):
     safe_copy_error: str = ""
     link_losses: int = 0
     link_lost_ms: float = 0.0
+    path: str = ""
     verified_pages: int = 0
     written_pages: int = 0
     to_compare: bool = False
@@ -300,6 +308,9 @@ class Migration(BaseModel):
 
     `epoch` is the VM's ownership epoch when it began: its commit is the swap
     `(source, epoch) -> (destination, epoch + 1)`. `runs_at` says in words where the VM runs.
+
+    `behind` is the id of the migration that it waited for, or empty. As long as it waits, `source` and
+    `epoch` are what that one will leave, and `destination` is empty when it is still to be chosen.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -311,6 +322,7 @@ class Migration(BaseModel):
     epoch: int
     options: MigrationOptions = MigrationOptions()
     phase: Phase = Phase.REQUESTED
+    behind: str = ""
     outcome: Outcome = Outcome.RUNNING
     runs_at: str = ""
     error_code: str = ""

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from transhume.memory.syscalls import held
 from transhume.migration import wire
 from transhume.migration.wire import Bytes, Decoder, Header, Message
 from transhume.model.errors import HostLost
@@ -52,6 +53,11 @@ class FrameChannel:
         self._failure: str | None = None
         self._header = memoryview(bytearray(wire.HEADER_BYTES))
         _set_up(sock, silence_limit_s)
+
+    def limit_silence(self, silence_limit_s: float) -> None:
+        """From now on the peer counts as lost after so long."""
+        self._silence_limit_s = silence_limit_s
+        _set_up(self._socket, silence_limit_s)
 
     @property
     def version(self) -> int:
@@ -129,6 +135,17 @@ class FrameChannel:
             self.sent_bytes += sent
             view = view[sent:]
 
+    def write_at_once(self, data: bytes) -> None:
+        """As `write`, for a few kilobytes that somebody waits for: without giving the interpreter's lock to
+        another thread, as long as the socket has room.
+        """
+        sent = held.send(self._socket.fileno(), data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        if sent < 0:
+            sent = 0  # no room, or the connection has ended: `write` waits, or says so
+        self.sent_bytes += sent
+        if sent < len(data):
+            self.write(memoryview(data)[sent:])
+
     def write_file(self, fd: int, offset_bytes: int, length_bytes: int) -> None:
         """Send a range of a file without copying it into this process."""
         end = offset_bytes + length_bytes
@@ -162,6 +179,21 @@ class FrameChannel:
                 raise self._ended()
             self.received_bytes += received
             view = view[received:]
+
+    def receive_at_least(self, view: memoryview, least_bytes: int) -> int:
+        """Receive what is there, and wait only until it is `least_bytes`; how much it was.
+
+        Only where no more can be on its way than the view holds.
+        """
+        taken = 0
+        while taken < least_bytes:
+            with self._failures_named():
+                received = self._socket.recv_into(view[taken:])
+            if received == 0:
+                raise self._ended()
+            taken += received
+        self.received_bytes += taken
+        return taken
 
     def splice(self, pipe_fd: int, length_bytes: int) -> int:
         """Move received bytes into a pipe inside the kernel: at least one, at most `length_bytes`."""

@@ -29,7 +29,7 @@ from transhume.memory.runs import Runs
 from transhume.memory.userfaultfd import REGISTER_MISSING, REGISTER_WP, Fault, Userfaultfd
 from transhume.migration.paging.missing import Condition, MissingPages
 from transhume.migration.transfer.channel import FrameChannel
-from transhume.migration.wire import FrameType, encode_page_name, encode_table
+from transhume.migration.wire import HEADER_BYTES, FrameType, encode_page_name, encode_table
 from transhume.model.errors import HostLost, KernelError, PeerProtocolError, TranshumeError
 from transhume.model.migration import PagingReport
 from transhume.model.vm import PAGE_BYTES
@@ -40,6 +40,7 @@ _UNREACHABLE_POLL_S = 0.02
 _RETRY_S = 0.2
 _BUFFER_PAGES = 256
 _ONE_PAGE_BYTES = PAGE_BYTES + 8
+_ONE_FRAME_BYTES = HEADER_BYTES + _ONE_PAGE_BYTES
 
 
 class Pager:
@@ -76,6 +77,7 @@ class Pager:
         self._buffer_view = memoryview(self._buffer)
         self._buffer_address = _address_of(self._buffer)
         self._latencies_s: list[float] = []
+        self._round_trips_s: list[float] = []
         self._owed_pages = 0
         self._fetched_pages = 0
         self._pushed_pages = 0
@@ -208,14 +210,21 @@ class Pager:
 
     def _fetch_one(self, channel: FrameChannel, index: int, page: int) -> None:
         """The usual case, and the one that counts: one vCPU waits for one page."""
+        asked_s = time.monotonic()
         with channel.frame():
-            channel.write(encode_page_name(FrameType.FETCH, index, page, channel.version))
-        header = channel.receive_header()
-        content = self._buffer_view[: header.payload_bytes]
+            channel.write_at_once(encode_page_name(FrameType.FETCH, index, page, channel.version))
+        # One frame is on its way, and no other: whatever comes is its.
+        taken = channel.receive_at_least(self._buffer_view[:_ONE_FRAME_BYTES], HEADER_BYTES)
+        header = channel.decoder.header(self._buffer_view[:HEADER_BYTES])
         expected = header.type in (FrameType.PAGES, FrameType.ZERO) and header.block_index == index
         if not expected or header.payload_bytes > _ONE_PAGE_BYTES:
             raise PeerProtocolError(f"{channel.peer} sent {header.type.name} where a page was due.")
-        channel.receive_into(content)
+        end = HEADER_BYTES + header.payload_bytes
+        if taken > end:
+            raise PeerProtocolError(f"{channel.peer} sent more than the page that was due.")
+        channel.receive_into(self._buffer_view[taken:end])
+        content = self._buffer_view[HEADER_BYTES:end]
+        self._round_trips_s.append(time.monotonic() - asked_s)
         if channel.decoder.only_page(header, content) != page:
             raise PeerProtocolError(f"{channel.peer} sent another page than the one that was due.")
         if not self.missing.claim_page(index, page):
@@ -224,8 +233,8 @@ class Pager:
         address = _address(self._ram.blocks[index], page)
         self._fetched_pages += 1
         if header.type is FrameType.PAGES:
-            source = self._buffer_address + header.table_bytes
-            self._insist(lambda: self._place_pages(address, source, PAGE_BYTES), index, page)
+            source = self._buffer_address + HEADER_BYTES + header.table_bytes
+            self._insist(lambda: self._uffd.copy_page(address, source, self._tracks_writes), index, page)
         else:
             self._insist(lambda: self._place_zero_pages(address, PAGE_BYTES), index, page)
         left_pages = self.missing.settle_page(index, page)
@@ -393,6 +402,7 @@ class Pager:
             fault_p50_us=float(np.percentile(latencies_us, 50)) if some else 0.0,
             fault_p99_us=float(np.percentile(latencies_us, 99)) if some else 0.0,
             fault_max_us=float(latencies_us.max()) if some else 0.0,
+            round_trip_p50_us=float(np.median(self._round_trips_s) * 1e6) if self._round_trips_s else 0.0,
             latency_us_histogram=histogram,
             waited_ms=float(latencies_us.sum() / 1000),
             sent_twice_bytes=self._sent_twice_bytes,
