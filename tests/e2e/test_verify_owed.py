@@ -157,3 +157,28 @@ async def test_a_mover_that_dies_while_paging_leaves_all_verified(farm: Farm, ro
     await farm.hurry(migration)
     _assert_verified(farm, await farm.ended(migration), "beta")
     await farm.assert_sound("vm", "beta")
+
+
+async def test_a_source_that_comes_back_when_nothing_is_missing_any_more_still_compares(farm: Farm) -> None:
+    """The rest comes out of a safe copy while the link is cut; the source's memory stays the truth."""
+    migration = await _paging(farm, safe_dir=str(farm.disks))
+
+    async def copied() -> bool:
+        async with farm.client() as client:
+            paging = (await client.migration(migration)).report.paging
+        return paging is not None and paging.safe_copy_ms is not None
+
+    await until(copied, "the safe copy is complete")
+    log = MoverFolder.of(farm.lab["beta"].state_dir / "migrations", migration, Role.DESTINATION).log_file
+    farm.lab.cut()
+
+    async def restored() -> bool:
+        return "0 pages are missing after that" in log.read_text()
+
+    await until(restored, "all pages have come from the copy")
+    farm.lab.restore()
+    record = await farm.ended(migration)
+    _assert_verified(farm, record, "beta")
+    assert record.report.paging is not None
+    assert record.report.paging.restored_pages > 0
+    await farm.assert_sound("vm", "beta")
