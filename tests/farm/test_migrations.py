@@ -186,7 +186,7 @@ async def test_cancel_while_the_destination_prepares() -> None:
         migration = await f.migrate()
         await until(lambda: "prepare" in f.hosts["beta"].calls)
         assert await f.controller.migrations.cancel("web") == CancelReply(
-            accepted=True, runs_at="source host alpha"
+            accepted=True, runs_at="source host alpha", migration=migration.id
         )
         f.hosts["beta"].waits["prepare"].set()
         await until(lambda: f.hosts["beta"].abandoned == [migration.id])
@@ -215,13 +215,13 @@ async def test_cancel_under_way_is_the_sources_business() -> None:
         migration = await f.begun(await f.migrate())
         f.hosts["alpha"].cancel_reply = CancelReply(accepted=False, runs_at="beta")
         assert await f.controller.migrations.cancel(migration.id) == CancelReply(
-            accepted=False, runs_at="beta"
+            accepted=False, runs_at="beta", migration=migration.id
         )
         f.hosts["alpha"].failures["cancel"] = HostLost("no answer")
         with pytest.raises(HostLost, match="unknown until it does"):
             await f.controller.migrations.cancel(migration.id)
         await f.commit(migration)
-        there = CancelReply(accepted=False, runs_at="destination host beta")
+        there = CancelReply(accepted=False, runs_at="destination host beta", migration=migration.id)
         assert await f.controller.migrations.cancel(migration.id) == there
 
 
@@ -241,7 +241,7 @@ async def test_cancel_after_the_commit_says_where_the_vm_runs() -> None:
         migration = await f.begun(await f.migrate())
         await f.commit(migration)
         f.hosts["alpha"].begun.clear()
-        there = CancelReply(accepted=False, runs_at="destination host beta")
+        there = CancelReply(accepted=False, runs_at="destination host beta", migration=migration.id)
         assert await f.controller.migrations.cancel(migration.id) == there
         await f.report(migration, "alpha", Phase.DONE, outcome=Outcome.COMPLETED)
         assert await f.controller.migrations.cancel(migration.id) == there

@@ -18,9 +18,9 @@ from rich.text import Text
 from transhume.api.client import FarmClient
 from transhume.cli.progress_line import progress_line
 from transhume.cli.session import plain, say_json
-from transhume.cli.tables import migration_report, show
+from transhume.cli.tables import migration_report, queued_in_words, show
 from transhume.model.errors import HostLost, TranshumeError
-from transhume.model.migration import Migration, Outcome, Progress
+from transhume.model.migration import Migration, Outcome, Phase, Progress
 
 LOST_LIMIT_S = 60.0
 """How long a lost controller is asked again. A migration goes on without it."""
@@ -123,11 +123,14 @@ def view_for(as_json: bool) -> View:
 
 
 async def follow(client: FarmClient, migration: Migration, view: View) -> int:
-    """Show a migration until it has ended. Returns the exit code that tells its outcome.
+    """Show a migration until it has ended, with what it waits for if it is queued. Returns the exit code that
+    tells its outcome.
 
     Raises `HostLost` when the controller stays away; the migration goes on without it.
     """
     try:
+        if migration.phase is Phase.QUEUED:
+            view.note(await what_it_waits_for(client, migration))
         async with _interrupts() as interrupted:
             last = await _to_the_end(client, migration, view, interrupted)
     finally:
@@ -137,6 +140,15 @@ async def follow(client: FarmClient, migration: Migration, view: View) -> int:
         # It has moved, and then something went wrong at the destination: where it runs is in the report.
         return _EXIT_CODES[Outcome.RUNNING]
     return _EXIT_CODES[last.outcome]
+
+
+async def what_it_waits_for(client: FarmClient, migration: Migration) -> str:
+    """A sentence about a queued migration; what the earlier one still owes is left out if nobody tells."""
+    try:
+        earlier = await client.migration(migration.behind)
+    except TranshumeError:
+        return queued_in_words(migration, None)
+    return queued_in_words(migration, earlier)
 
 
 async def _to_the_end(

@@ -9,13 +9,13 @@ import typer
 from pydantic import ValidationError
 
 from transhume.api.client import FarmClient
-from transhume.cli.follow import follow, view_for
+from transhume.cli.follow import follow, view_for, what_it_waits_for
 from transhume.cli.quantities import parse_rate_bytes_s, parse_time_ms, parse_time_s
 from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
 from transhume.cli.tables import dry_run_report, migration_report, migrations_table, show
 from transhume.model.errors import Refused
-from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, OnDeadline, Rest
-from transhume.model.orders import Adjustment
+from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, OnDeadline, Phase, Rest
+from transhume.model.orders import Adjustment, CancelReply
 
 _DEFAULTS = MigrationOptions()
 
@@ -114,7 +114,7 @@ def migrate(
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Move a running VM to another host.
+    """Move a running VM to another host; one that still lacks pages of its last move moves when it has them.
 
     Exit code: 0 moved, 2 refused (nothing changed), 3 failed (the VM is where it was), 4 cancelled,
     5 unknown (the controller was lost).
@@ -155,6 +155,8 @@ async def _migrate(
         return await follow(client, migration, view_for(current.as_json))
     if current.as_json:
         say_json({"type": "report", "migration": migration.model_dump(mode="json")})
+    elif migration.phase is Phase.QUEUED:
+        say(await what_it_waits_for(client, migration))
     else:
         say(
             f"moving VM {vm} to {migration.destination}; "
@@ -177,17 +179,29 @@ def cancel(
     reference: Annotated[str, typer.Argument(metavar="MIGRATION|VM", help="Its id, or the name of the VM.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Give up a migration; after its commit, say where the VM runs. Exit code 2 when it was too late."""
+    """Give up a migration; after its commit, say where the VM runs. Exit code 2 when it was too late.
+
+    By the VM's name, one that is queued is given up before the one that it waits for.
+    """
     current = session(context, as_json)
     reply = current.call(lambda client: client.cancel(reference))
     if current.as_json:
         say_json(reply)
-    elif reply.accepted:
-        say(f"cancelled; the VM runs at: {reply.runs_at}")
     else:
-        say(f"too late to cancel; the VM runs at: {reply.runs_at}")
+        say(_cancel_in_words(reply))
     if not reply.accepted:
         raise typer.Exit(Refused.exit_code)
+
+
+def _cancel_in_words(reply: CancelReply) -> str:
+    if not reply.accepted:
+        return f"too late to cancel; the VM runs at: {reply.runs_at}"
+    if reply.behind:
+        return (
+            f"cancelled {reply.migration}, which was queued behind {reply.behind}; {reply.behind} goes on, "
+            f"and the VM runs at: {reply.runs_at}"
+        )
+    return f"cancelled; the VM runs at: {reply.runs_at}"
 
 
 def migrations(

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from transhume.cli.session import on_terminal
 from transhume.farm.members import HostStatus
-from transhume.model.migration import DowntimeReport, DryRun, Migration, Outcome, PagingReport
-from transhume.model.vm import Vm
+from transhume.model.migration import DowntimeReport, DryRun, Migration, Outcome, PagingReport, Phase
+from transhume.model.vm import PAGE_BYTES, Vm
 
 _MIB = 1 << 20
 
@@ -82,7 +82,7 @@ def vms_table(vms: list[Vm]) -> Table:
             f"{vm.spec.memory_bytes // _MIB} MiB",
             str(vm.spec.cpus),
             vm.spec.accel.value,
-            vm.migration or "-",
+            " then ".join(filter(None, (vm.migration, vm.queued))) or "-",
         )
     return table
 
@@ -106,6 +106,7 @@ def vm_details(vm: Vm) -> Table:
         ),
         "display": spec.display.value,
         "migration": vm.migration,
+        "queued": vm.queued,
         "created": clock(vm.created_at_s),
     }
     return _pairs({name: value for name, value in rows.items() if value})
@@ -122,7 +123,7 @@ def migrations_table(migrations: list[Migration]) -> Table:
             record.id,
             record.vm,
             record.source,
-            record.destination,
+            record.destination or "-",
             record.options.engine.value,
             record.phase.value if under_way else Text(record.outcome.value, style=_style(record)),
             ms_in_words(report.total_ms) if report.total_ms else "-",
@@ -163,7 +164,10 @@ def migration_report(record: Migration) -> Group:
 
 def headline(record: Migration) -> str:
     """One sentence: who moved, or did not, and for how long nothing ran."""
-    way = f"VM {record.vm} from {record.source} to {record.destination} (migration {record.id})"
+    destination = record.destination or "another host"
+    way = f"VM {record.vm} from {record.source} to {destination} (migration {record.id})"
+    if record.outcome is Outcome.RUNNING and record.phase is Phase.QUEUED:
+        return f"queued behind {record.behind}: {way}"
     if record.outcome is Outcome.RUNNING:
         return f"moving {way}: {record.phase.value}"
     if record.outcome is not Outcome.COMPLETED:
@@ -172,6 +176,22 @@ def headline(record: Migration) -> str:
     downtime = ms_in_words(record.report.downtime.total_ms)
     engine = f"by the {record.options.engine.value} engine"
     return f"moved {way} {engine} in {total}, with {downtime} of downtime"
+
+
+def queued_in_words(record: Migration, earlier: Migration | None) -> str:
+    """What a queued migration waits for. `earlier` is the one it is behind, None when that is not known."""
+    words = f"migration {record.id} is queued behind {record.behind}"
+    if earlier is None or earlier.outcome is not Outcome.RUNNING:
+        return words
+    pages = owed_pages(earlier)
+    return words if pages is None else f"{words}, which still owes {pages:,} pages"
+
+
+def owed_pages(record: Migration) -> int | None:
+    """How many pages a migration in its phase `paging` has still to send; None when it has not said."""
+    if record.progress is not None and record.progress.remaining_bytes is not None:
+        return record.progress.remaining_bytes // PAGE_BYTES
+    return None if record.report.paging is None else record.report.paging.owed_pages
 
 
 def dry_run_report(answer: DryRun) -> Group:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
+from transhume.farm.dry_run import dry_run
 from transhume.farm.endings import Claim, Endings, at_destination, at_source
 from transhume.farm.events import EventLog, MigrationEvent
 from transhume.farm.limits import Limits
 from transhume.farm.members import Members
 from transhume.farm.merge import merged
-from transhume.farm.prediction import dirty_rate_bytes_s, effective_rate_bytes_s, experience, predict
+from transhume.farm.queue import Queue, already_queued
 from transhume.farm.records import FarmRecords, absent, encode, migration_key, vm_key
 from transhume.farm.survey import Survey, survey
 from transhume.farm.vms import Vms
@@ -33,6 +35,7 @@ from transhume.model.errors import (
 )
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome, Phase
 from transhume.model.orders import Adjustment, BeginOrder, CancelReply, MigrationUpdate, PrepareOrder
+from transhume.model.vm import Vm
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Migrations:
         self._new_id = new_id
         self._limits = limits
         self._endings = Endings(records, members, clock_s)
+        self._queue = Queue(records, members, vms, clock_s, new_id)
         self._live: dict[str, Migration] = {}
         self._heard_at_s: dict[str, float] = {}
         self._setups: dict[str, asyncio.Task[None]] = {}
@@ -71,7 +75,7 @@ class Migrations:
             if kept.record.outcome is Outcome.RUNNING:
                 self._live[kept.record.id] = kept.record
                 self._heard_at_s[kept.record.id] = self._clock_s()
-                if kept.record.phase is not Phase.REQUESTED:
+                if kept.record.phase not in (Phase.QUEUED, Phase.REQUESTED):
                     self._begun.add(kept.record.id)
 
     async def close(self) -> None:
@@ -84,48 +88,26 @@ class Migrations:
     async def request(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
         """Step 1: check, enter the migration in the store, and set it up in the background.
 
-        Raises `PreflightFailed` with all reasons, `Conflict` with the id of the migration that is under way,
-        `NotFound`, `HostLost`; nothing has changed then.
+        While an earlier one of the VM owes pages, the migration is queued instead: it begins, and is checked,
+        when that one is over. Raises `PreflightFailed` with all reasons, `Conflict` with the id of the
+        migration that is under way or queued, `NotFound`, `HostLost`; nothing has changed then.
         """
         view = await self._vms.show(vm)
-        if view.migration:
-            raise _already_moving(vm, view.migration)
+        if view.migration or view.queued:
+            queued = await self._request_queued(view, to, options)
+            if queued is not None:
+                return queued
+            view = await self._vms.show(vm)
         found = await survey(self._members, view, to, options)
         found.demand_clear()
         migration = await self._enter(found, options)
-        self._setups[migration.id] = asyncio.create_task(
-            self._set_up(found, migration), name=f"set up {migration.id}"
-        )
-        self._setups[migration.id].add_done_callback(lambda task: self._set_up_ended(migration.id, task))
+        self._in_background(migration.id, self._set_up(found, migration))
         return migration
 
     async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
         """What a migration would meet. Changes nothing; takes as long as the sample of the dirty rate."""
-        found = await survey(self._members, await self._vms.show(vm), to, options)
-        answer = DryRun(
-            vm=vm,
-            source=found.source.name,
-            destination=found.destination.name if found.destination else "",
-            reasons=found.reasons,
-        )
-        try:
-            sample = await self._members.link(found.source.name).sample_dirty_rate(vm, self._limits.sample_s)
-        except TranshumeError as error:
-            return answer.model_copy(update={"verdict": f"no prediction: {error.message}"})
-        past = [kept.record for kept in await self._records.migrations()]
-        known = experience(past, answer.source, answer.destination)
-        prediction = predict(sample, known, options, found.facts.spec.memory_bytes)
-        return answer.model_copy(
-            update={
-                "wire_bytes": prediction.wire_bytes,
-                "total_ms": prediction.total_ms,
-                "downtime_ms": prediction.downtime_ms,
-                "dirty_rate_bytes_s": dirty_rate_bytes_s(sample),
-                "link_rate_bytes_s": effective_rate_bytes_s(known, options),
-                "sample_ms": sample.sample_ms,
-                "verdict": prediction.verdict,
-            }
-        )
+        view = await self._vms.show(vm)
+        return await dry_run(self._members, self._records, view, to, options, self._limits.sample_s)
 
     async def get(self, migration: str) -> Migration:
         """The record, with the newest progress. Raises `NotFound`."""
@@ -202,6 +184,8 @@ class Migrations:
         record = await self._find(reference)
         if record.outcome is not Outcome.RUNNING:
             raise Conflict(f"migration {record.id} has ended: {record.outcome.value}")
+        if record.phase is Phase.QUEUED:
+            raise Conflict(f"migration {record.id} waits for {record.behind} and has no limits to change yet")
         reply = await self._members.link(record.source).adjust(record.id, adjustment)
         if not reply.accepted:
             raise Conflict(f"migration {record.id} cannot be changed like this: {reply.message}")
@@ -209,9 +193,13 @@ class Migrations:
     async def cancel(self, reference: str) -> CancelReply:
         """Give up a migration, named by its id or by its VM; after the commit, say where the VM runs.
 
-        Raises `NotFound`, `Conflict` when the VM is not moving, `HostLost` when the source does not answer.
+        Of a VM with a migration under way and one queued behind it, the queued one is given up. Raises
+        `NotFound`, `Conflict` when the VM is not moving, `HostLost` when the source does not answer.
         """
-        record = await self._find(reference)
+        record = await self._find(reference, queued_first=True)
+        return (await self._cancel(record)).model_copy(update={"migration": record.id})
+
+    async def _cancel(self, record: Migration) -> CancelReply:
         if record.outcome is not Outcome.RUNNING:
             return CancelReply(accepted=False, runs_at=record.runs_at)
         async with self._beginning.setdefault(record.id, asyncio.Lock()):
@@ -219,6 +207,8 @@ class Migrations:
             record = await self.get(record.id)
             if record.outcome is not Outcome.RUNNING:
                 return CancelReply(accepted=False, runs_at=record.runs_at)
+            if record.phase is Phase.QUEUED:
+                return await self._cancel_queued(record)
             if record.id not in self._begun:
                 return await self._cancel_here(record)
         try:
@@ -234,13 +224,20 @@ class Migrations:
             ) from error
 
     async def of_vm(self, vm: str) -> Migration:
-        """The migration under way of a VM. Raises `NotFound`, and `Conflict` when it is not moving."""
+        """The migration under way of a VM, or else the one that is about to begin. Raises `NotFound`, and
+        `Conflict` when it is not moving.
+        """
         return await self._find(vm)
 
     async def sweep(self) -> None:
-        """End the migrations that nobody has reported on for too long. Called again and again."""
+        """End the migrations that nobody has reported on for too long, and begin those whose turn it is.
+        Called again and again.
+        """
         now_s = self._clock_s()
         for record in list(self._live.values()):
+            if record.phase is Phase.QUEUED:
+                self._take_turn(record)
+                continue
             said_at_s, claim = self._last_words.get(record.id, (now_s, None))
             if claim is not None and now_s - said_at_s > self._limits.last_word_s:
                 await self._end(record, claim)
@@ -264,6 +261,8 @@ class Migrations:
                 raise NotFound(f"VM {name} was deleted meanwhile")
             if kept_vm.record.migration:
                 raise _already_moving(name, kept_vm.record.migration)
+            if kept_vm.record.queued:
+                raise already_queued(name, kept_vm.record.queued)
             if kept_owner.record != vm.ownership:
                 raise Conflict(f"VM {name} has moved to {kept_owner.record.owner} meanwhile; ask again")
             migration = Migration(
@@ -284,10 +283,62 @@ class Migrations:
                 },
             )
             if done is not None:
-                self._live[migration.id] = migration
-                self._heard_at_s[migration.id] = self._clock_s()
-                self._events.append(migration)
+                self._take_up(migration)
                 return migration
+
+    async def _request_queued(self, vm: Vm, to: str | None, options: MigrationOptions) -> Migration | None:
+        """Queue a migration of a VM that moves already. None: that one has ended meanwhile."""
+        name = vm.spec.name
+        if vm.queued:
+            raise already_queued(name, vm.queued)
+        earlier = await self.get(vm.migration)
+        if earlier.outcome is not Outcome.RUNNING:
+            return None
+        if earlier.phase is not Phase.PAGING:
+            raise _already_moving(name, earlier.id)
+        queued = await self._queue.enter(vm, earlier, to, options)
+        if queued is not None:
+            self._take_up(queued)
+            # The earlier one may have ended since: then nobody else would notice.
+            self._take_turn(queued)
+        return queued
+
+    def _take_turn(self, queued: Migration) -> None:
+        """Begin a queued migration unless the earlier one is still under way."""
+        if queued.behind not in self._live and queued.id not in self._setups:
+            self._in_background(queued.id, self._begin_queued(queued))
+
+    async def _begin_queued(self, queued: Migration) -> None:
+        found = await self._queue.examine(queued)
+        if found is None:
+            return
+        async with self._beginning.setdefault(queued.id, asyncio.Lock()):
+            if queued.id not in self._live:
+                return  # cancelled meanwhile
+            if isinstance(found, Claim):
+                self._forget(await self._queue.end(queued, found))
+                return
+            begun = await self._queue.begin(queued, found)
+            if begun is None:
+                return  # the sweep tries again
+            self._take_up(begun)
+        await self._set_up(found, begun)
+
+    async def _cancel_queued(self, record: Migration) -> CancelReply:
+        ended = await self._queue.end(record, Claim(outcome=Outcome.CANCELLED))
+        self._forget(ended)
+        return CancelReply(accepted=True, runs_at=ended.runs_at, behind=ended.behind)
+
+    def _take_up(self, record: Migration) -> None:
+        """Follow a migration that was entered in the store."""
+        self._live[record.id] = record
+        self._heard_at_s[record.id] = self._clock_s()
+        self._events.append(record)
+
+    def _in_background(self, migration: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work, name=f"set up {migration}")
+        self._setups[migration] = task
+        task.add_done_callback(lambda ended: self._set_up_ended(migration, ended))
 
     async def _set_up(self, found: Survey, migration: Migration) -> None:
         """Steps 2 to 4: let the destination prepare, then the source begin."""
@@ -405,21 +456,26 @@ class Migrations:
         self._beginning.pop(ended.id, None)
         self._begun.discard(ended.id)
         self._events.append(ended)
+        for waiting in list(self._live.values()):
+            if waiting.phase is Phase.QUEUED and waiting.behind == ended.id:
+                self._take_turn(waiting)
 
     def _is_preparing(self, record: Migration) -> bool:
         """Whether a set-up is under way that has not come to the source's turn."""
         return record.id in self._setups and record.id not in self._begun
 
-    async def _find(self, reference: str) -> Migration:
+    async def _find(self, reference: str, queued_first: bool = False) -> Migration:
         with suppress(NotFound):
             return await self.get(reference)
         kept = await self._records.vm(reference)
         if kept is None:
             raise NotFound(f"there is no migration and no VM {reference}; `transhume migrations` lists them")
-        if not kept.record.migration:
+        names = (kept.record.migration, kept.record.queued)
+        found = next((name for name in (reversed(names) if queued_first else names) if name), None)
+        if found is None:
             owner = (await self._vms.show(reference)).ownership.owner
             raise Conflict(f"VM {reference} is not moving; it belongs to {owner}")
-        return await self.get(kept.record.migration)
+        return await self.get(found)
 
 
 def _at_least(record: Migration, phase: Phase) -> Migration:

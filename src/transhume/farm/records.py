@@ -2,7 +2,7 @@
 
 hosts/<name>        HostRecord    a member, with the secret that it and the controller share
 tokens/<sha256>     TokenRecord   one invitation to join, under the hash of the token
-vms/<name>          VmRecord      what the owner asked for, and the migration under way
+vms/<name>          VmRecord      what the owner asked for, the migration under way and the one that waits
 ownership/<vm>      Ownership     the register: who may run the VM
 migrations/<id>     Migration     what was asked, how far it is, what came of it
 """
@@ -44,12 +44,17 @@ class TokenRecord(BaseModel):
 
 
 class VmRecord(BaseModel):
-    """A VM. `migration` is the id of the one under way, or empty: the lock that keeps a second one out."""
+    """A VM. `migration` is the id of the one under way, or empty: the lock that keeps a second one out.
+
+    `queued` is the id of the one that waits until that one has brought its last page, or empty. It stays when
+    `migration` is freed, and keeps others out until it has become `migration` itself, or has ended.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     spec: VmSpec
     migration: str = ""
+    queued: str = ""
     created_at_s: float = 0.0
 
 

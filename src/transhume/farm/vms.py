@@ -112,6 +112,11 @@ class Vms:
                 f"VM {name} is moving (migration {kept.record.migration}); wait for it, "
                 f"or `transhume cancel {name}` first"
             )
+        if kept.record.queued:
+            raise Conflict(
+                f"VM {name} is about to move (migration {kept.record.queued}); wait for it, "
+                f"or `transhume cancel {name}` first"
+            )
         return kept, ownership
 
     def _view(self, record: VmRecord, ownership: Ownership) -> Vm:
@@ -120,6 +125,7 @@ class Vms:
             ownership=ownership,
             state=self._members.vm_state(ownership.owner, record.spec.name),
             migration=record.migration,
+            queued=record.queued,
             created_at_s=record.created_at_s,
         )
 

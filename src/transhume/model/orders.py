@@ -107,12 +107,18 @@ class MigrationUpdate(BaseModel):
 
 
 class CancelReply(BaseModel):
-    """`accepted` is false when the migration had passed its point of no return; `runs_at` says where."""
+    """`accepted` is false when the migration had passed its point of no return; `runs_at` says where.
+
+    `migration` is the one that was meant, as the controller found it. `behind`: it was only queued, behind
+    this one, which goes on.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     accepted: bool
     runs_at: str
+    migration: str = ""
+    behind: str = ""
 
 
 class Adjustment(BaseModel):

@@ -93,7 +93,9 @@ class Ownership(BaseModel):
 
 
 class Vm(BaseModel):
-    """A VM as the farm knows it. `migration` is the id of the one under way, or empty."""
+    """A VM as the farm knows it. `migration` is the id of the one under way, or empty; `queued` of the one
+    that waits for it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -101,4 +103,5 @@ class Vm(BaseModel):
     ownership: Ownership
     state: VmState = VmState.STOPPED
     migration: str = ""
+    queued: str = ""
     created_at_s: float = 0.0
