@@ -599,9 +599,16 @@ def test_a_vm_that_dies_while_an_earlier_swap_has_decided(talk: Talk) -> None:
     talk.tell(LOST_TO_SOURCE, ev.StopWork(), ev.TellPeerAborted, ev.Publish(ended=True), then=S.ABORTED)
 
 
-@conversation(after=(to_committed, to_retiring))
+@conversation(after=(to_retiring,))
 def test_a_vm_that_dies_after_the_commit_is_not_missed(talk: Talk) -> None:
     talk.echoes(ev.QemuDied("signal 9"))
+
+
+@conversation(after=(to_committed,))
+def test_a_vm_that_dies_before_its_destination_runs_is_freed_like_any_other(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("signal 9"))
+    assert talk.machine.vm_died
+    talk.tell(PEER_RUNNING, ev.Publish(), ev.RetireVm(), then=S.RETIRING)
 
 
 # --- the register ------------------------------------------------------------------------------------
@@ -1046,6 +1053,23 @@ def test_a_vm_that_dies_while_it_is_taken_back_is_lost(talk: Talk) -> None:
 @conversation(after=(to_search,))
 def test_a_vm_without_qemu_is_not_taken_back(talk: Talk) -> None:
     talk.tell(ev.QemuDied("killed"))
+    talk.tell(ev.ReviveRequested())
+
+
+@conversation(after=(to_reconnecting,))
+def test_a_vm_whose_qemu_dies_during_the_last_search_is_not_taken_back(talk: Talk) -> None:
+    talk.tell(ev.ReviveRequested())
+    talk.tell(ev.QemuDied("killed"))
+    talk.tell(ev.CommandFailed("Reconnect", "host-lost", "no route"))
+
+
+@conversation(after=(to_owing_committed,))
+def test_a_vm_whose_qemu_died_right_after_the_commit_is_not_taken_back(talk: Talk) -> None:
+    talk.tell(ev.QemuDied("killed"))
+    talk.tell(
+        ev.LinkLost("host-lost", "reset"), ev.StopWork(), ev.Publish(), ev.Reconnect(), then=S.RECONNECTING
+    )
+    talk.tell(ev.CommandFailed("Reconnect", "host-lost", "no route"))
     talk.tell(ev.ReviveRequested())
 
 

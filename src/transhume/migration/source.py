@@ -250,6 +250,7 @@ class SourceMachine(Machine[SourceState]):
             ev.LinkLost: Rule("_retire", (S.RECONNECTING, S.RETIRING)),
             ev.Tick: Rule("_tick_committed", (S.RECONNECTING, S.RETIRING)),
             **_AFTER_COMMIT,
+            ev.QemuDied: Rule("_qemu_died_undecided", ()),
             **ignored(ev.PeerHeard, ev.CommandFailed),
         },
         S.PAGING: {
@@ -703,7 +704,8 @@ class SourceMachine(Machine[SourceState]):
             self._reconnect_due_s = now_s + RECONNECT_S
             return (ev.AskController(),)
         self._reconnect_due_s = now_s + RECONNECT_S
-        return self._take_back(now_s) if self._revive_wanted else ()
+        # QEMU may have died since that was asked for: nothing is left then that could run.
+        return self._take_back(now_s) if self._revive_wanted and not self._vm_died else ()
 
     def _tick_reconnecting(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
         if self._reconnecting or now_s < self._reconnect_due_s:
