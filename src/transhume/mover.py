@@ -82,7 +82,9 @@ async def _move(folder: MoverFolder) -> None:
         if job.role is Role.SOURCE:
             driver: SourceDriver | DestinationDriver = SourceDriver(job, paths, journal, link, control)
         else:
-            driver = DestinationDriver(job, paths, journal, link, control, config.address, config.vm_user)
+            driver = DestinationDriver(
+                job, paths, journal, link, control, config.address, config.vm_user, config.other_addresses
+            )
         control.cancel = driver.cancel
         if isinstance(driver, SourceDriver):
             control.adjust = driver.adjust

@@ -27,6 +27,13 @@ NameOption = Annotated[str | None, typer.Option("--name", help="This host's name
 AddressOption = Annotated[
     str | None, typer.Option("--address", help="Where the other hosts reach this one; default: looked up.")
 ]
+AlsoOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also-address",
+        help="A further IP address of this host, for migrations whose link breaks. May be repeated.",
+    ),
+]
 PortOption = Annotated[int, typer.Option("--port", help="Where its daemon listens.", min=1, max=65535)]
 UserOption = Annotated[str, typer.Option("--vm-user", help="The unprivileged user that VMs run as.")]
 ForegroundFlag = Annotated[bool, typer.Option("--foreground", help="Do not detach; for service managers.")]
@@ -36,6 +43,7 @@ def up(
     context: typer.Context,
     name: NameOption = None,
     address: AddressOption = None,
+    also_address: AlsoOption = None,
     port: PortOption = DEFAULT_PORT,
     vm_user: UserOption = DEFAULT_VM_USER,
     foreground: ForegroundFlag = False,
@@ -45,9 +53,9 @@ def up(
     current = session(context, as_json)
     demand_root()
     known = daemon_process.read_config(current.state_dir)
-    _demand_same(known, name, address)
+    _demand_same(known, name, address, also_address)
     folder_was_made = not current.state_dir.exists()
-    config = known or _new_config(current.state_dir, name, address, port, vm_user)
+    config = known or _new_config(current.state_dir, name, address, port, vm_user, also_address)
     if known is None:
         daemon_process.write_config(config)
     if foreground:
@@ -74,6 +82,7 @@ def join(
     token: Annotated[str, typer.Option("--token", help="What `up` or `token` printed there.")],
     name: NameOption = None,
     address: AddressOption = None,
+    also_address: AlsoOption = None,
     port: PortOption = DEFAULT_PORT,
     vm_user: UserOption = DEFAULT_VM_USER,
     as_json: JsonFlag = False,
@@ -90,7 +99,7 @@ def join(
     target = split_address(controller)
     folder_was_made = not current.state_dir.exists()
     own = address or daemon_process.own_address(*target)
-    draft = _new_config(current.state_dir, name, own, port, vm_user)
+    draft = _new_config(current.state_dir, name, own, port, vm_user, also_address)
     asyncio.run(_enter(draft, target, token, folder_was_made))
     if current.as_json:
         say_json({"name": draft.name, "address": own, "port": port, "controller": authority(*target)})
@@ -207,7 +216,12 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def _new_config(
-    state_dir: Path, name: str | None, address: str | None, port: int, vm_user: str
+    state_dir: Path,
+    name: str | None,
+    address: str | None,
+    port: int,
+    vm_user: str,
+    also_address: list[str] | None,
 ) -> HostConfig:
     wanted = name or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")
     try:
@@ -219,15 +233,23 @@ def _new_config(
             port=port,
             secret=secrets.token_hex(32),
             vm_user=vm_user,
+            other_addresses=tuple(also_address or ()),
         )
     except ValidationError as error:
         raise Refused(f"host {wanted!r} cannot be set up: {words_of(error)}") from error
 
 
-def _demand_same(known: HostConfig | None, name: str | None, address: str | None) -> None:
+def _demand_same(
+    known: HostConfig | None, name: str | None, address: str | None, also_address: list[str] | None
+) -> None:
     if known is None:
         return
-    for what, held, wanted in (("name", known.name, name), ("address", known.address, address)):
+    others = None if also_address is None else ", ".join(also_address)
+    for what, held, wanted in (
+        ("name", known.name, name),
+        ("address", known.address, address),
+        ("also-address", ", ".join(known.other_addresses) or "(none)", others),
+    ):
         if wanted is not None and wanted != held:
             raise Conflict(
                 f"this server is set up already, as host {known.name} with the {what} {held}; "
@@ -249,6 +271,7 @@ def _tell_up(current: Session, config: HostConfig, pid: int, invitation: Invitat
             "name": config.name,
             "address": config.address,
             "port": config.port,
+            "other_addresses": list(config.other_addresses),
             "state_dir": str(config.state_dir),
             "pid": pid,
         }

@@ -63,12 +63,16 @@ class CommandResult:
 
 @dataclass
 class LabHost:
-    """One host. `transhume` runs the CLI as a person on that host would."""
+    """One host. `transhume` runs the CLI as a person on that host would.
+
+    `other_address` is the one on its second wire; empty when it has none.
+    """
 
     name: str
     namespace: str
     address: str
     state_dir: Path
+    other_address: str = ""
     _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, *command: str, timeout_s: float = _COMMAND_LIMIT_S) -> CommandResult:
@@ -105,15 +109,17 @@ class LabHost:
 
     def up(self) -> Mapping[str, Any]:
         """Start the daemon of a new farm. What it answers holds the token that `join` takes."""
-        name, address = ("--name", self.name), ("--address", self.address)
-        answer = self.transhume("up", *name, *address, "--json").require_success().json()
+        answer = self.transhume("up", *self._own_words(), "--json").require_success().json()
         assert isinstance(answer, dict)
         return answer
 
     def join(self, controller_address: str, token: str) -> None:
         """Start the daemon as a member of the farm whose controller is at `controller_address`."""
-        name, address = ("--name", self.name), ("--address", self.address)
-        self.transhume("join", controller_address, "--token", token, *name, *address).require_success()
+        self.transhume("join", controller_address, "--token", token, *self._own_words()).require_success()
+
+    def _own_words(self) -> list[str]:
+        words = ["--name", self.name, "--address", self.address]
+        return [*words, "--also-address", self.other_address] if self.other_address else words
 
     def daemon_pid(self) -> int:
         return int((self.state_dir / "daemon.pid").read_text())
@@ -138,11 +144,14 @@ class LabHost:
 class Lab:
     """Hosts that can reach each other and nothing else.
 
-    Two hosts are joined by one wire, more by a switch. Leaving the `with` block ends every process on
-    the hosts and removes all that was made, also after an error or Ctrl-C.
+    Two hosts are joined by one wire, or with `second_link` by two; more by a switch. Leaving the `with`
+    block ends every process on the hosts and removes all that was made, also after an error or Ctrl-C.
     """
 
-    def __init__(self, names: Sequence[str] = DEFAULT_NAMES) -> None:
+    def __init__(self, names: Sequence[str] = DEFAULT_NAMES, second_link: bool = False) -> None:
+        if second_link and len(names) != 2:
+            raise ValueError("a second link joins two hosts")
+        self._second_link = second_link
         self._record = _Record()
         self._switch = f"{self._record.id}-sw" if len(names) > 2 else None
         self.hosts = tuple(self._host(number, name) for number, name in enumerate(names))
@@ -183,13 +192,28 @@ class Lab:
 
     def cut(self) -> None:
         """From now on everything that one host sends to another is lost, without a word to anyone."""
+        self.cut_first()
+        if self._second_link:
+            for host, other in self._pairs():
+                namespaces.lose_everything(host.namespace, other.other_address, namespaces.SECOND_INTERFACE)
+
+    def cut_first(self) -> None:
+        """As `cut`, and leave the second link alone."""
         for host, other in self._pairs():
             namespaces.lose_everything(host.namespace, other.address)
 
+    def take_down_first(self) -> None:
+        """Switch the first link off at both ends: each kernel knows that it has no way through it."""
+        for host in self.hosts:
+            namespaces.take_down(host.namespace, namespaces.INTERFACE)
+
     def restore(self) -> None:
-        """The end of `cut`."""
+        """The end of `cut`, `cut_first` and `take_down_first`."""
         for host, other in self._pairs():
+            namespaces.bring_up(host.namespace, namespaces.INTERFACE)
             namespaces.lose_nothing(host.namespace, other.address)
+            if self._second_link:
+                namespaces.lose_nothing(host.namespace, other.other_address, namespaces.SECOND_INTERFACE)
 
     def close(self) -> None:
         """End and remove everything; a second call does nothing."""
@@ -202,7 +226,8 @@ class Lab:
     def _host(self, number: int, name: str) -> LabHost:
         letter = chr(ord("a") + number)
         namespace = f"{self._record.id}-{letter}"
-        return LabHost(name, namespace, f"10.77.0.{number + 1}", self._record.folder / letter)
+        other = f"10.78.0.{number + 1}" if self._second_link else ""
+        return LabHost(name, namespace, f"10.77.0.{number + 1}", self._record.folder / letter, other)
 
     def _make(self) -> None:
         self._record.folder.mkdir()
@@ -219,6 +244,14 @@ class Lab:
         if len(self.hosts) > 1:
             for host in self.hosts:
                 namespaces.set_address(host.namespace, host.address)
+        if self._second_link:
+            self._make_second_link()
+
+    def _make_second_link(self) -> None:
+        first, second = self.hosts
+        namespaces.join_two(first.namespace, second.namespace, namespaces.SECOND_INTERFACE)
+        for host in self.hosts:
+            namespaces.set_address(host.namespace, host.other_address, namespaces.SECOND_INTERFACE)
 
     def _pairs(self) -> Iterator[tuple[LabHost, LabHost]]:
         for host in self.hosts:

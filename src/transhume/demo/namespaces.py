@@ -18,7 +18,10 @@ from pathlib import Path
 from transhume.model.errors import KernelError, TimedOut
 
 INTERFACE = "eth0"
-"""The name of the one wire that each host has."""
+"""The name of the wire that each host has."""
+
+SECOND_INTERFACE = "eth1"
+"""The name of the second one, where there are two."""
 
 _NAMESPACES_DIR = Path("/run/netns")
 _NOBODY_MAC = "02:00:00:00:00:fe"
@@ -70,9 +73,9 @@ def command_inside(name: str, command: Sequence[str]) -> list[str]:
     return ["nsenter", f"--net={_NAMESPACES_DIR / name}", "--", *command]
 
 
-def join_two(first: str, second: str) -> None:
+def join_two(first: str, second: str, interface: str = INTERFACE) -> None:
     """A wire from one host straight to another."""
-    ip("link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", second, namespace=first)
+    ip("link", "add", interface, "type", "veth", "peer", "name", interface, "netns", second, namespace=first)
 
 
 def join_by_switch(hosts: Sequence[str], switch: str) -> None:
@@ -85,9 +88,19 @@ def join_by_switch(hosts: Sequence[str], switch: str) -> None:
         ip("link", "set", port, "master", "bridge", "up", namespace=switch)
 
 
-def set_address(host: str, address: str) -> None:
-    ip("address", "add", f"{address}/24", "dev", INTERFACE, namespace=host)
-    ip("link", "set", INTERFACE, "up", namespace=host)
+def set_address(host: str, address: str, interface: str = INTERFACE) -> None:
+    ip("address", "add", f"{address}/24", "dev", interface, namespace=host)
+    ip("link", "set", interface, "up", namespace=host)
+
+
+def take_down(host: str, interface: str) -> None:
+    """Switch an interface off, as a person or a driver would: the kernel knows, and uses it no more."""
+    ip("link", "set", interface, "down", namespace=host)
+
+
+def bring_up(host: str, interface: str) -> None:
+    """The end of `take_down`. The addresses were kept."""
+    ip("link", "set", interface, "up", namespace=host)
 
 
 def shape(host: str, wanted: Shape) -> None:
@@ -108,19 +121,19 @@ def shape(host: str, wanted: Shape) -> None:
         tc("qdisc", "add", "dev", INTERFACE, *parent, "handle", "2:", *bucket, *queue, namespace=host)
 
 
-def lose_everything(host: str, to_address: str) -> None:
+def lose_everything(host: str, to_address: str, interface: str = INTERFACE) -> None:
     """From now on what `host` sends to `to_address` is lost without a word, as in a broken switch.
 
     The frames are addressed to nobody. Taking the interface down would be noticed at once.
     """
-    neighbour = ["neighbour", "replace", to_address, "lladdr", _NOBODY_MAC, "dev", INTERFACE]
+    neighbour = ["neighbour", "replace", to_address, "lladdr", _NOBODY_MAC, "dev", interface]
     ip(*neighbour, "nud", "permanent", namespace=host)
 
 
-def lose_nothing(host: str, to_address: str) -> None:
+def lose_nothing(host: str, to_address: str, interface: str = INTERFACE) -> None:
     """The end of `lose_everything`: the true address is asked for again."""
     with suppress(KernelError):  # nothing was lost before
-        ip("neighbour", "delete", to_address, "dev", INTERFACE, namespace=host)
+        ip("neighbour", "delete", to_address, "dev", interface, namespace=host)
 
 
 def end_processes(name: str) -> None:

@@ -66,13 +66,15 @@ def join_reports(held: MigrationReport, new: MigrationReport) -> MigrationReport
         converged=held.converged if new.converged is None else new.converged,
         switch_reason=new.switch_reason or held.switch_reason,
         order=new.order if new.total_ms >= held.total_ms else held.order,
-        paging=_join_paging(held.paging, new.paging),
+        paging=_join_paging(held.paging, new.paging, new.total_ms >= held.total_ms),
     )
 
 
-def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingReport | None:
-    """The one that knows more: the destination's own word. How long it was needed, and what became of the
-    safe copy, the source knows.
+def _join_paging(
+    held: PagingReport | None, new: PagingReport | None, new_is_later: bool
+) -> PagingReport | None:
+    """The one that knows more: the destination's own word. How long it was needed, what became of the
+    safe copy and which way the pages took, the source knows.
     """
     if held is None or new is None:
         return new or held
@@ -93,6 +95,7 @@ def _join_paging(held: PagingReport | None, new: PagingReport | None) -> PagingR
             "safe_copy_pages": max(held.safe_copy_pages, new.safe_copy_pages),
             "safe_copy_ms": held.safe_copy_ms if new.safe_copy_ms is None else new.safe_copy_ms,
             "safe_copy_error": new.safe_copy_error or held.safe_copy_error,
+            "path": (new.path or held.path) if new_is_later else (held.path or new.path),
         }
     )
 

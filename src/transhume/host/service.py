@@ -63,7 +63,7 @@ class HostService:
     # --- facts -----------------------------------------------------------------------------------
 
     async def inventory(self) -> HostInventory:
-        return self._inventory.now()
+        return self._inventory.now().model_copy(update={"other_addresses": self.config.other_addresses})
 
     async def resolve_spec(self, spec: VmSpec) -> VmSpec:
         """Fill in machine type, accelerator and CPU model; refuse what this host cannot run."""

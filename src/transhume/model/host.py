@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 class HostInventory(BaseModel):
     """What a host has and can do, measured by its own daemon.
 
-    `tracking_obstacles` and `kvm_obstacle` are sentences: empty when the host can do it.
+    `tracking_obstacles` and `kvm_obstacle` are sentences: empty when the host can do it. `other_addresses`
+    are further ones at which its movers can be found.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -23,6 +24,7 @@ class HostInventory(BaseModel):
     cpu_flags: tuple[str, ...]
     kvm_obstacle: str = ""
     tracking_obstacles: tuple[str, ...] = ()
+    other_addresses: tuple[str, ...] = ()
 
 
 class Host(BaseModel):

@@ -71,13 +71,16 @@ class PrepareOrder(BaseModel):
 
 
 class Prepared(BaseModel):
-    """The destination waits at `address`:`port`; `key` is the one-time secret (hex) of the data path."""
+    """The destination waits at `address`:`port`, and at the same port of its `other_addresses`; `key` is the
+    one-time secret (hex) of the data path.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     address: str
     port: int
     key: str
+    other_addresses: tuple[str, ...] = ()
 
 
 class BeginOrder(BaseModel):

@@ -13,7 +13,7 @@ from tests.migration.paging.guest import pages
 
 from transhume.memory import runs as page_runs
 from transhume.memory.runs import Runs
-from transhume.migration.driver.owed_file import OwedFile
+from transhume.migration.driver.owed_file import Listening, OwedFile
 from transhume.model.errors import VmmError
 
 RUNS = st.sets(st.integers(0, 300), max_size=30).map(lambda numbers: pages(*numbers))
@@ -61,9 +61,10 @@ def test_who_dies_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_where_the_predecessor_listened(tmp_path: Path) -> None:
-    OwedFile(tmp_path).write_listening(49152, b"\x00secret\xff")
-    OwedFile(tmp_path).write_listening(4000, b"key")
-    assert OwedFile(tmp_path).read_listening() == (4000, b"key")
+    OwedFile(tmp_path).write_listening(Listening(49152, b"\x00secret\xff", ("192.0.2.1",)))
+    last = Listening(4000, b"\x00key\xff", ("192.0.2.1", "fd00::1"))
+    OwedFile(tmp_path).write_listening(last)
+    assert OwedFile(tmp_path).read_listening() == last
     noted = tmp_path / "listening.json"
     assert stat.S_IMODE(noted.stat().st_mode) == 0o600  # it holds the key
     noted.write_text('{"port": 4')

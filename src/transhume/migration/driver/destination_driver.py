@@ -29,8 +29,9 @@ from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.handshake import Identity, accept
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
+from transhume.migration.driver.listener import Listener
 from transhume.migration.driver.loop import Driver, Handler, end
-from transhume.migration.driver.owed_file import OwedFile
+from transhume.migration.driver.owed_file import Listening, OwedFile
 from transhume.migration.machine import Command, Event
 from transhume.migration.register import Register
 from transhume.migration.transfer.channel import FrameChannel
@@ -60,7 +61,6 @@ from transhume.vmm.process import QemuProcess, find_running
 
 KEY_BYTES = 32
 TAKE_OVER_RETRY_S = 1.0
-BACKLOG_CONNECTIONS = 8
 
 
 class DestinationDriver(Driver[DestinationState]):
@@ -88,6 +88,7 @@ class DestinationDriver(Driver[DestinationState]):
         control: ControlServer,
         address: str,
         vm_user: str,
+        other_addresses: tuple[str, ...] = (),
     ) -> None:
         self._predecessor_state = journal.last_state()
         self._owed_file = OwedFile(journal.folder)
@@ -97,15 +98,14 @@ class DestinationDriver(Driver[DestinationState]):
         super().__init__(job, machine, journal, register, control)
         self._destination = machine
         self._paths = paths
-        self._address = address
+        self._addresses = (address, *other_addresses)
         self._vm_user = vm_user
         self._options = job.migration.options
         self._key = secrets.token_bytes(KEY_BYTES)
         self._process: QemuProcess | None = None
         self._monitor: Monitor | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._listener: socket.socket | None = None
-        self._acceptor: asyncio.Task[None] | None = None
+        self._listener: Listener | None = None
         self._ram: GuestRam | None = None
         self._channel: FrameChannel | None = None
         self._native_channel: FrameChannel | None = None
@@ -228,7 +228,8 @@ class DestinationDriver(Driver[DestinationState]):
         self._closing = True
         if self._listener is not None:
             self._listener.close()
-        for task in (self._acceptor, self._loading, self._watcher):
+            await self._listener.closed()
+        for task in (self._loading, self._watcher):
             await end(task)
         if self._pager is not None:
             self._pager.stop()
@@ -282,35 +283,23 @@ class DestinationDriver(Driver[DestinationState]):
 
     def _listen(self) -> None:
         port = self._open_port(0)
-        self._owed_file.write_listening(port, self._key)
-        self.control.prepared(Prepared(address=self._address, port=port, key=self._key.hex()))
+        self._owed_file.write_listening(Listening(port, self._key, self._addresses))
+        address, *others = self._addresses
+        self.control.prepared(
+            Prepared(address=address, port=port, key=self._key.hex(), other_addresses=tuple(others))
+        )
 
     def _open_port(self, wanted: int) -> int:
         """Listen at a port (0: any). Raises `HostLost` when that cannot be."""
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((self._address, wanted))
-            listener.listen(BACKLOG_CONNECTIONS)
-        except OSError as error:
-            listener.close()
-            raise HostLost(f"no port can be opened on {self._address}: {error.strerror}") from None
-        listener.setblocking(False)
+        listener = Listener(self._addresses, self._take_connection, self._log)
+        port = listener.open(wanted)
         self._listener = listener
-        self._acceptor = asyncio.create_task(self._accept_forever(listener), name="accept")
-        port: int = listener.getsockname()[1]
         return port
 
-    async def _accept_forever(self, listener: socket.socket) -> None:
-        while not self._closing:
-            try:
-                sock, _ = await self._loop.sock_accept(listener)
-            except OSError:
-                return
-            thread = threading.Thread(target=self._serve, args=(sock,), name="receiver", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+    def _take_connection(self, sock: socket.socket) -> None:
+        thread = threading.Thread(target=self._serve, args=(sock,), name="receiver", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -544,8 +533,8 @@ class DestinationDriver(Driver[DestinationState]):
             raise VmmError(f"QEMU of VM {self.migration.vm} has lost its userfaultfd")
         pager = self._make_pager()
         await asyncio.to_thread(pager.recover, self._owed)
-        port, self._key = listening
-        self._open_port(port)
+        self._key, self._addresses = listening.key, listening.addresses
+        self._open_port(listening.port)
         if pager.missing.left_pages == 0:
             self._loop.call_soon(lambda: self.post(self._when_placed()))
         self._start_pager(pager)  # who touches what was never owed waits for an answer, too

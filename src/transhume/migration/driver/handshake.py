@@ -31,20 +31,29 @@ class Identity:
         return tuple(block.size_bytes // PAGE_BYTES for block in self.ram_blocks)
 
 
-def connect(address: str, port: int, identity: Identity, role: Role) -> FrameChannel:
-    """The source's side. Blocks.
+def connect(
+    address: str,
+    port: int,
+    identity: Identity,
+    role: Role,
+    connect_s: float | None = None,
+    answer_s: float | None = None,
+) -> FrameChannel:
+    """The source's side. Blocks: `connect_s` for the connection and `answer_s` for each answer at the most,
+    both the limit of silence where they are None.
 
     Raises `HostLost`, `PeerProtocolError` or `Unauthorized`; nothing stays open then.
     """
     peer = f"host {identity.destination}"
     try:
-        sock = socket.create_connection((address, port), timeout=identity.silence_limit_s)
+        sock = socket.create_connection((address, port), timeout=connect_s or identity.silence_limit_s)
     except OSError as error:
         raise HostLost(f"{peer} cannot be reached at {address}:{port}: {error.strerror or error}") from None
     decoder = Decoder(End.DESTINATION, identity.block_pages)
-    channel = FrameChannel(sock, decoder, peer, identity.silence_limit_s)
+    channel = FrameChannel(sock, decoder, peer, answer_s or identity.silence_limit_s)
     try:
         _introduce(channel, identity, role)
+        channel.limit_silence(identity.silence_limit_s)
     except (HostLost, PeerProtocolError, Unauthorized):
         channel.close()
         raise

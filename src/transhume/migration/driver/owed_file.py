@@ -6,12 +6,22 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from transhume.memory.runs import Runs
 from transhume.model.errors import VmmError
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a destination's mover is found, and the key that proves who it is."""
+
+    port: int
+    key: bytes
+    addresses: tuple[str, ...]
 
 
 class OwedFile:
@@ -58,18 +68,19 @@ class OwedFile:
         """Nothing is owed any more."""
         self._owed.unlink(missing_ok=True)
 
-    def write_listening(self, port: int, key: bytes) -> None:
+    def write_listening(self, listening: Listening) -> None:
         """Note where the source finds this end, so that a successor can be found at the same place."""
         draft = self._listening.with_suffix(".draft")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
-            json.dump({"port": port, "key": key.hex()}, file)
+            noted = {"port": listening.port, "key": listening.key.hex(), "addresses": listening.addresses}
+            json.dump(noted, file)
         draft.rename(self._listening)
 
-    def read_listening(self) -> tuple[int, bytes] | None:
-        """The predecessor's port and key."""
+    def read_listening(self) -> Listening | None:
+        """The predecessor's port, key and addresses."""
         try:
             noted = json.loads(self._listening.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return noted["port"], bytes.fromhex(noted["key"])
+        return Listening(noted["port"], bytes.fromhex(noted["key"]), tuple(noted["addresses"]))

@@ -29,8 +29,10 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, clock_of, end
 from transhume.migration.driver.owed_file import OwedFile
+from transhume.migration.driver.reach import reach
 from transhume.migration.driver.safe_copying import SafeCopying
 from transhume.migration.machine import Command, Event
+from transhume.migration.path_choice import PathChoice
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
@@ -50,7 +52,7 @@ from transhume.model.errors import (
     VmmError,
 )
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
-from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, ReviveReply
+from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, Prepared, ReviveReply
 from transhume.model.vm import PAGE_BYTES, Accel, Display
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.image_lock import has_writer
@@ -146,6 +148,8 @@ class SourceDriver(Driver[SourceState]):
         self._resumed_there = asyncio.Event()
         self._safe_copying = SafeCopying(safe_copy_path(job.migration), job.migration.id, self._log)
         self._owed_at_switchover: list[Runs] = []
+        self._choice = PathChoice(_addresses_of(job.prepared), self._options.peer_silence_limit_s)
+        self._address = self._choice.last_worked
 
     # --- the frame's questions -------------------------------------------------------------------
 
@@ -203,7 +207,9 @@ class SourceDriver(Driver[SourceState]):
                 update={"wire_bytes": wire_bytes, "suspended_at_s": self._owed_file.written_at_s()}
             )
         if report.paging is not None:
-            report = report.model_copy(update={"paging": self._safe_copying.report(report.paging)})
+            paging = self._safe_copying.report(report.paging)
+            path = self._choice.last_worked if self._choice.is_choice else ""
+            report = report.model_copy(update={"paging": paging.model_copy(update={"path": path})})
         return MigrationUpdate(
             migration=self.migration.id,
             host=self.migration.source,
@@ -355,12 +361,13 @@ class SourceDriver(Driver[SourceState]):
         return self._monitor
 
     async def _connect_peer(self, _: ev.ConnectPeer) -> Event:
-        channel = await asyncio.to_thread(self._open_channel, wire.Role.MAIN)
+        channel = await asyncio.to_thread(self._open_main_channel)
         self._channel = channel
         self._reader = threading.Thread(target=self._read, args=(channel,), name="reader", daemon=True)
         self._reader.start()
         if self._options.may_page:
             await self._open_fault_connection()
+        self._choice.worked(self._address)
         return ev.Connected()
 
     async def _open_fault_connection(self) -> None:
@@ -407,7 +414,19 @@ class SourceDriver(Driver[SourceState]):
                 channel.close()
         self._channel = self._fault_channel = self._reader = self._fault_server = None
 
+    def _open_main_channel(self, again: bool = False) -> FrameChannel:
+        """To the first of the destination's addresses that answers. All other connections follow it there."""
+        prepared = self.job.prepared
+        assert prepared is not None
+        channel, self._address = reach(self._choice, prepared.port, self._identity(), self._stop, again)
+        return channel
+
     def _open_channel(self, role: wire.Role) -> FrameChannel:
+        prepared = self.job.prepared
+        assert prepared is not None
+        return connect(self._address, prepared.port, self._identity(), role)
+
+    def _identity(self) -> Identity:
         prepared = self.job.prepared
         assert prepared is not None
         if self._ram is None:
@@ -415,7 +434,7 @@ class SourceDriver(Driver[SourceState]):
                 raise self._memory_is_gone()
             self._ram = GuestRam.of_process(self._process.pid)
         blocks = self._ram.ram_blocks
-        identity = Identity(
+        return Identity(
             migration=self.migration.id,
             source=self.migration.source,
             destination=self.migration.destination,
@@ -423,7 +442,6 @@ class SourceDriver(Driver[SourceState]):
             ram_blocks=blocks,
             silence_limit_s=self._options.peer_silence_limit_s,
         )
-        return connect(prepared.address, prepared.port, identity, role)
 
     def _memory_is_gone(self) -> TranshumeError:
         """QEMU has ended, and its mover before: what the safe copy holds, the destination reads by itself."""
@@ -747,7 +765,7 @@ class SourceDriver(Driver[SourceState]):
         await asyncio.wrap_future(self._data_thread.submit(lambda: None))  # the push has stopped
         await self._close_connections()
         self._stop.clear()
-        channel = await asyncio.to_thread(self._open_channel, wire.Role.MAIN)
+        channel = await asyncio.to_thread(self._open_main_channel, again=True)
         self._channel = channel
         self._missing = [page_runs.empty() for _ in channel.decoder.block_pages]
         told = self._expect(wire.FrameType.MISSING_END)
@@ -758,6 +776,7 @@ class SourceDriver(Driver[SourceState]):
         if message.pages == 0 and not message.to_compare:
             self._owed_file.remove()
         await self._open_fault_connection()
+        self._choice.worked(self._address)
         self._owed.owe(channel.decoder.block_pages, [self._missing])
         self._resumed_there.set()
         return ev.Reconnected(message.pages, message.to_compare)
@@ -926,6 +945,10 @@ def _first_pages(runs: list[Runs], most_pages: int) -> list[Runs]:
         first.append(page_runs.empty() if piece is None else piece)
         most_pages -= page_runs.page_count(first[-1])
     return first
+
+
+def _addresses_of(prepared: Prepared | None) -> tuple[str, ...]:
+    return ("",) if prepared is None else (prepared.address, *prepared.other_addresses)
 
 
 def _why_no_paging(options: MigrationOptions) -> str:
