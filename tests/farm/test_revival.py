@@ -9,7 +9,15 @@ from tests.farm.scripted_farm import Farm, farm
 
 from transhume.host.shared_folder import probe
 from transhume.model.errors import Conflict, PreflightFailed
-from transhume.model.migration import Migration, MigrationOptions, MigrationReport, Mode, PagingReport, Phase
+from transhume.model.migration import (
+    Migration,
+    MigrationOptions,
+    MigrationReport,
+    Mode,
+    Outcome,
+    PagingReport,
+    Phase,
+)
 from transhume.model.orders import FolderFacts, FolderProbe, MigrationUpdate, ProbeStep
 from transhume.model.vm import Disk, Ownership, VmSpec, VmState
 
@@ -97,9 +105,62 @@ async def test_a_host_that_comes_back_is_told_which_vms_are_another_hosts() -> N
         beta.states = {"web": VmState.RUNNING, "unknown-here": VmState.RUNNING}
         reply = await f.controller.heartbeat("beta", beta.inventory_now, beta.states)
         assert reply.disowned == ("web",)
+        # The answer may be lost, or the VM's mover still at work: it is told until the VM is gone.
+        reply = await f.controller.heartbeat("beta", beta.inventory_now, beta.states)
+        assert reply.disowned == ("web",)
+        beta.states = {"unknown-here": VmState.RUNNING}
         assert (await f.controller.heartbeat("beta", beta.inventory_now, beta.states)).disowned == ()
         alpha = f.hosts["alpha"]
         assert (await f.controller.heartbeat("alpha", alpha.inventory_now, alpha.states)).disowned == ()
+
+
+async def take_back(f: Farm, record: Migration) -> None:
+    """What the source's mover does when it is asked to."""
+    swapped = await f.controller.swap_ownership(
+        "web",
+        Ownership(owner="beta", epoch=record.epoch + 1),
+        Ownership(owner="alpha", epoch=record.epoch + 2),
+    )
+    assert swapped.won
+
+
+async def test_a_host_that_came_back_right_before_is_told_too() -> None:
+    async with farm() as f:
+        record = await paging(f)
+        await lose_beta(f)
+        f.hosts["beta"].states = {"web": VmState.RUNNING}
+        await f.beat("beta")
+        await take_back(f, record)
+        beta = f.hosts["beta"]
+        reply = await f.controller.heartbeat("beta", beta.inventory_now, beta.states)
+        assert reply.disowned == ("web",)
+
+
+FAILED = {"outcome": Outcome.FAILED, "error": "it has ended"}
+
+
+async def test_only_the_source_says_how_a_vm_that_was_taken_back_came_out() -> None:
+    async with farm() as f:
+        record = await paging(f)
+        await take_back(f, record)
+        with pytest.raises(Conflict, match="is for host alpha to say"):
+            await f.report(record, "beta", Phase.DONE, runs_at="nowhere: it died", **FAILED)
+        assert (await f.controller.migrations.get(record.id)).outcome is Outcome.RUNNING
+        await f.report(record, "alpha", Phase.ABORTED, runs_at="source host alpha", **FAILED)
+        ended = await f.controller.migrations.get(record.id)
+        assert (ended.outcome, ended.runs_at) == (Outcome.FAILED, "source host alpha")
+
+
+async def test_a_record_that_ended_while_its_vm_was_taken_back_says_so_later() -> None:
+    async with farm() as f:
+        record = await paging(f)
+        f.now_s += 10_000
+        await f.controller.migrations.sweep()
+        assert (await f.controller.migrations.get(record.id)).outcome is Outcome.COMPLETED
+        await take_back(f, record)
+        await f.report(record, "alpha", Phase.ABORTED, runs_at="source host alpha", **FAILED)
+        ended = await f.controller.migrations.get(record.id)
+        assert (ended.outcome, ended.runs_at) == (Outcome.FAILED, "source host alpha")
 
 
 async def test_a_safe_copy_needs_a_folder_that_both_hosts_share() -> None:

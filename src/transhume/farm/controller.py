@@ -64,6 +64,7 @@ class Controller:
         )
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
+        self._doubtful: dict[str, set[str]] = {}
 
     async def start(self) -> None:
         """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
@@ -84,6 +85,9 @@ class Controller:
         return await self._register.read(vm)
 
     async def swap_ownership(self, vm: str, expected: Ownership, wanted: Ownership) -> SwapReply:
+        if expected.owner != wanted.owner:
+            # Whether it is made or not: who loses a VM by it is asked for it at the next heartbeat.
+            self._doubtful.setdefault(expected.owner, set()).add(vm)
         return await self._register.swap(vm, expected, wanted)
 
     async def migration(self, migration: str) -> Migration:
@@ -98,13 +102,15 @@ class Controller:
         """Note that a host lives; tell it which of its VMs are another's.
 
         The register is read when the host was silent, or has others running than the last time: a VM that is
-        taken from a host is taken from one that cannot be reached.
+        taken from a host is taken from one that cannot be reached. It is read for a VM that a swap has taken
+        from the host, which may have come back right before, and again until the host has ended what it was
+        told to: the answer may be lost, or the VM's mover still at work there.
         """
         back = self.members.silent(host)
         before = self.members.active_vms(host)
         await self.members.heartbeat(host, inventory, vm_states)
         now = self.members.active_vms(host)
-        doubtful = now if back else now - before
+        doubtful = now if back else (now - before) | (now & self._doubtful.get(host, set()))
         disowned = []
         for vm in sorted(doubtful):
             try:
@@ -112,6 +118,7 @@ class Controller:
                     disowned.append(vm)
             except NotFound:
                 continue  # a VM that the farm has forgotten is not the farm's to end
+        self._doubtful[host] = set(disowned)
         return HeartbeatReply(disowned=tuple(disowned))
 
     async def _sweep(self) -> None:

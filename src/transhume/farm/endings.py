@@ -91,7 +91,8 @@ class Endings:
         """Join what the other end says into a record that has ended.
 
         Its report is added; and that the VM was lost after all, when nobody had heard of it before, or that
-        it was not, when the destination found in a safe copy what its source had lost.
+        it was not, when the destination found in a safe copy what its source had lost; or that it was taken
+        back from the destination while the controller, which had heard nothing, ended the record.
         """
         while True:
             kept = await self._records.migration(update.migration)
@@ -101,7 +102,8 @@ class Endings:
             if update.report is not None:
                 changes["report"] = join_reports(kept.record.report, update.report)
             claim = Claim.reported(update)
-            if kept.record.outcome is Outcome.COMPLETED and _lost_after_commit(claim):
+            lost = kept.record.outcome is Outcome.COMPLETED and _lost_after_commit(claim)
+            if lost or await self._was_taken_back(kept.record, claim):
                 changes |= {
                     "outcome": Outcome.FAILED,
                     "error_code": claim.error_code,
@@ -123,6 +125,14 @@ class Endings:
             )
             if done is not None:
                 return
+
+    async def _was_taken_back(self, record: Migration, claim: Claim) -> bool:
+        """Whether this is the word of a source that has its VM again, and the record does not say so."""
+        by_source = claim.update is not None and claim.update.host == record.source
+        if not by_source or claim.outcome is not Outcome.FAILED or claim.runs_at == record.runs_at:
+            return False
+        owner = await self._records.ownership(record.vm)
+        return owner is not None and _is_taken_back(record, owner.record)
 
     def _ended(self, record: Migration, claim: Claim, committed: bool) -> Migration:
         joined = record if claim.update is None else merged(record, claim.update)
@@ -165,9 +175,21 @@ def _is_commit(record: Migration, held: Ownership) -> bool:
     return held == Ownership(owner=record.destination, epoch=record.epoch + 1)
 
 
+def _is_taken_back(record: Migration, held: Ownership) -> bool:
+    return held == Ownership(owner=record.source, epoch=record.epoch + 2)
+
+
 def _demand_possible(record: Migration, claim: Claim, held: Ownership) -> bool:
-    """Whether the register holds the commit. Raises `Conflict` for a completion claimed without one."""
+    """Whether the register holds the commit. Raises `Conflict` for a completion claimed without one, and for
+    whatever a destination says of a VM that was taken back from it: only the source knows how that ended.
+    """
     committed = _is_commit(record, held)
+    by = record.source if claim.update is None else claim.update.host
+    if by == record.destination and _is_taken_back(record, held):
+        raise Conflict(
+            f"VM {record.vm} was taken back from host {record.destination} in epoch {held.epoch}: how "
+            f"migration {record.id} ended is for host {record.source} to say"
+        )
     if claim.outcome is Outcome.COMPLETED and not committed:
         raise Conflict(
             f"migration {record.id} is reported as completed, but the register gives VM {record.vm} to "
