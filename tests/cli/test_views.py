@@ -11,7 +11,13 @@ from rich.console import Console, RenderableType
 
 from transhume.cli.farm_commands import split_address
 from transhume.cli.progress_line import bar, progress_line
-from transhume.cli.tables import bytes_in_words, dry_run_report, migration_report, ms_in_words
+from transhume.cli.tables import (
+    bytes_in_words,
+    dry_run_report,
+    migration_report,
+    ms_in_words,
+    queued_in_words,
+)
 from transhume.cli.vm_commands import parse_disk
 from transhume.host.config import DEFAULT_PORT
 from transhume.model.errors import Refused
@@ -176,6 +182,23 @@ def test_the_report_of_a_failure_says_why_and_where() -> None:
         "the link broke. VM web runs on source host alpha, where it was",
         "VM web runs at: source host alpha",
     ]
+
+
+def test_a_queued_migration_says_what_it_waits_for() -> None:
+    queued = RECORD.model_copy(
+        update={"id": "m2", "phase": Phase.QUEUED, "behind": "m1", "destination": "", "progress": None}
+    )
+    assert printed(migration_report(queued)).startswith(
+        "queued behind m1: VM web from alpha to another host (migration m2)"
+    )
+    owing = RECORD.model_copy(update={"phase": Phase.PAGING, "progress": None})
+    report = MigrationReport(paging=PagingReport(owed_pages=4_321))
+    words = "migration m2 is queued behind m1"
+    assert queued_in_words(queued, None) == words
+    assert queued_in_words(queued, owing) == words
+    told = owing.model_copy(update={"report": report})
+    assert queued_in_words(queued, told) == f"{words}, which still owes 4,321 pages"
+    assert queued_in_words(queued, told.model_copy(update={"outcome": Outcome.COMPLETED})) == words
 
 
 def test_a_dry_run_with_reasons_names_each() -> None:
