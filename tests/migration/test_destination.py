@@ -854,6 +854,27 @@ def test_a_source_that_comes_again_changes_nothing(talk: Talk) -> None:
     talk.tell(ev.SourceConnected())
 
 
+@conversation(after=(to_paging,))
+def test_a_vm_that_found_its_pages_elsewhere_is_ended_when_it_was_taken_back(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+    talk.wait(ASK_AGAIN_S, ev.AskController())
+    talk.tell(ev.MigrationKnown(going_on=True))
+    talk.wait(ASK_AGAIN_S - 0.1)
+    talk.wait(0.1, ev.AskController())
+    revoked = ev.MigrationKnown(going_on=False, failed=True, revoked=True)
+    talk.tell(revoked, ev.StopWork(), ev.DestroyVm(), then=D.DESTROYING)
+    assert talk.machine.error_code == "revoked"
+
+
+@conversation(after=(to_paging,))
+def test_a_source_that_is_back_is_not_asked_about(talk: Talk) -> None:
+    talk.tell(LINK_LOST, ev.Publish())
+    talk.tell(ev.AllPaged(), ev.TellPeerPaged(), ev.Publish(), then=D.RUNNING)
+    talk.tell(ev.SourceConnected())
+    talk.wait(ASK_AGAIN_S)
+
+
 @conversation(after=(to_running, to_destroying))
 def test_a_late_word_of_the_pager_changes_nothing(talk: Talk) -> None:
     talk.echoes(ev.AllPaged())

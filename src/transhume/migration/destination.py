@@ -209,13 +209,13 @@ class DestinationMachine(Machine[DestinationState]):
             ev.MemoryDiffers: Rule("_memory_differs", (D.DONE,)),
             ev.Tick: Rule("_tick_running", (D.DONE,)),
             ev.QemuDied: Rule("_vm_lost", (D.DONE,)),
+            ev.MigrationKnown: Rule("_known_while_running", (D.DESTROYING,)),
+            ev.SourceConnected: Rule("_note_source_back", ()),
             **ignored(
                 ev.PeerAborted,
                 ev.PeerHeard,
                 ev.CancelRequested,
                 ev.CommandFailed,
-                ev.MigrationKnown,
-                ev.SourceConnected,
                 ev.AllPaged,
                 ev.AllPlaced,
                 ev.SafeCopyRead,
@@ -507,9 +507,7 @@ class DestinationMachine(Machine[DestinationState]):
     def _known_while_paging(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
         """The source may have told the controller that it has lost what it owed, or taken the VM back."""
         if event.revoked:
-            return self._give_up(
-                REVOKED, f"VM {self.migration.vm} was taken back to host {self.migration.source}"
-            )
+            return self._end_what_was_taken_back()
         if not event.pages_lost:
             return ()
         if self._all_in_place:
@@ -518,6 +516,15 @@ class DestinationMachine(Machine[DestinationState]):
             return self._lose_pages(PagesLost.code, "has lost them")
         self._lost_at_source = True
         return self._read_copy()
+
+    def _known_while_running(self, event: ev.MigrationKnown, now_s: float) -> Sequence[Command]:
+        """A VM that found all its pages elsewhere may have been taken back for want of them."""
+        return self._end_what_was_taken_back() if event.revoked else ()
+
+    def _end_what_was_taken_back(self) -> Sequence[Command]:
+        return self._give_up(
+            REVOKED, f"VM {self.migration.vm} was taken back to host {self.migration.source}"
+        )
 
     def _lose_pages(self, code: str, what: str) -> Sequence[Command]:
         self._fail(
@@ -673,7 +680,13 @@ class DestinationMachine(Machine[DestinationState]):
         )
 
     def _tick_running(self, event: ev.Tick, now_s: float) -> Sequence[Command]:
-        return self._finished_alone(event, now_s) if now_s - self._heard_s > FINISH_LIMIT_S else ()
+        """Wait for the source's farewell; one that is lost may have taken the VM back meanwhile."""
+        if now_s - self._heard_s > FINISH_LIMIT_S:
+            return self._finished_alone(event, now_s)
+        if self._source_lost_since_s is None or now_s - self._asked_s < ASK_AGAIN_S:
+            return ()
+        self._asked_s = now_s
+        return (ev.AskController(),)
 
     def _fail(self, code: str, message: str) -> None:
         self.error_code, self.error = code, message
