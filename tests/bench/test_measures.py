@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from transhume.bench import loopback
+from transhume.bench.lost_work import Pace
 from transhume.bench.scan import tracked_process
 from transhume.bench.stage import peak_resident_kib
 from transhume.demo.lab import Lab
+from transhume.demo.serial_log import Tick
 from transhume.memory.kernel import tracking_obstacles
 from transhume.model.errors import TranshumeError
 
@@ -45,3 +47,13 @@ def test_the_memory_of_a_process_and_of_one_that_is_gone(tmp_path: Path) -> None
     pid_file.write_text(f"{os.getpid()}\n")
     assert peak_resident_kib(pid_file) > 10_000
     assert peak_resident_kib(tmp_path / "none") == 0
+
+
+def _tick(at_s: float, work: int) -> Tick:
+    return Tick(at_s=at_s, seconds=0, writes=work, verified=0, corrupt=0, gap_us=0)
+
+
+def test_work_that_was_not_done_is_lost() -> None:
+    pace = Pace(pages_s=1000.0)
+    assert pace.lost_ms(_tick(10.0, 0), _tick(12.0, 1500)) == pytest.approx(500.0)
+    assert pace.lost_ms(_tick(10.0, 0), _tick(12.0, 2500)) == 0.0

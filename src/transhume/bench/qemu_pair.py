@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +28,33 @@ PORT = 45454
 _LOOK_S = 0.005
 
 
+Watch = Callable[[float], float]
+"""Told when the move has ended; tells how much of the guest's work it cost, in ms."""
+
+
 @dataclass(frozen=True)
 class QemuMove:
-    """What one post-copy by QEMU came to: the guest's longest silence, and the time to its end."""
+    """What one post-copy by QEMU came to: the guest's longest silence, the time to its end, and the work that
+    was lost where somebody watched for it.
+    """
 
     gap_ms: float
     total_ms: float
+    lost_ms: float | None = None
 
 
-def post_copy(lab: Lab, guest: Guest, memory_mib: int, workload: Workload, folder: Path) -> QemuMove:
+def post_copy(
+    lab: Lab,
+    guest: Guest,
+    memory_mib: int,
+    workload: Workload,
+    folder: Path,
+    watch: Callable[[Observer], Watch] | None = None,
+) -> QemuMove:
     """Boot the guest on the lab's first host and move it to the second, post-copy from the first byte.
 
-    Raises `MigrationError` when QEMU fails, `PagesWrong` when the guest finds a wrong page. Nothing is left.
+    `watch` is called when the guest works, before it is moved. Raises `MigrationError` when QEMU fails,
+    `PagesWrong` when the guest finds a wrong page. Nothing is left.
     """
     source, destination = lab.hosts
     logs = [folder / "source.log", folder / "destination.log"]
@@ -51,13 +66,16 @@ def post_copy(lab: Lab, guest: Guest, memory_mib: int, workload: Workload, folde
         Observer(logs) as observer,
     ):
         observer.wait_until_ready(BOOT_LIMIT_S)
+        lost = None if watch is None else watch(observer)
         began_s = time.monotonic()
         asyncio.run(_move(folder, destination.address))
         ended_s = time.monotonic()
+        lost_ms = None if lost is None else lost(ended_s)
         observer.wait_for_full_verification(VERIFY_LIMIT_S)
         if observer.ask(Timeline.corrupt_pages):
             raise PagesWrong("pages were wrong after QEMU's post-copy")
-        return QemuMove(observer.longest_silence_ms(began_s, ended_s), (ended_s - began_s) * 1000)
+        gap_ms = observer.longest_silence_ms(began_s, ended_s)
+        return QemuMove(gap_ms, (ended_s - began_s) * 1000, lost_ms)
 
 
 @contextmanager
