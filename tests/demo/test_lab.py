@@ -114,6 +114,25 @@ def test_three_hosts_are_joined_by_a_switch() -> None:
         assert reaches(lab["beta"], lab["gamma"].address)
 
 
+def test_two_hosts_may_have_two_links_that_break_one_by_one() -> None:
+    with Lab(second_link=True) as lab:
+        alpha, beta = lab.hosts
+        serve(beta)
+        for cut in (lab.cut_first, lab.take_down_first):
+            cut()
+            assert not reaches(alpha, beta.address, timeout_s=0.3)
+            assert reaches(alpha, beta.other_address)
+            lab.restore()
+            assert reaches(alpha, beta.address)
+        lab.cut()
+        assert not reaches(alpha, beta.address, timeout_s=0.3)
+        assert not reaches(alpha, beta.other_address, timeout_s=0.3)
+        lab.restore()
+        assert reaches(alpha, beta.other_address)
+    with pytest.raises(ValueError, match="joins two hosts"):
+        Lab(("alpha", "beta", "gamma"), second_link=True)
+
+
 def test_nothing_is_left_when_it_closes() -> None:
     with Lab() as lab:
         server = serve(lab["beta"])

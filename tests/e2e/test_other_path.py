@@ -132,7 +132,8 @@ async def test_pages_that_are_owed_come_over_the_second_link(two_links: Farm, ho
     paging = record.report.paging
     assert paging is not None
     assert paging.path == beta.other_address
-    assert paging.link_losses == 1
+    assert paging.link_losses > 0
+    assert paging.link_lost_ms > 0
     assert paging.fetched_pages + paging.pushed_pages >= paging.owed_pages > 0
     assert paging.verified_pages > 0
     newest = await farm.assert_sound("vm", "beta")

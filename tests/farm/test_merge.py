@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -110,3 +112,18 @@ def test_only_the_end_says_done() -> None:
     assert merged(RECORD, update).phase is Phase.RUNNING_AT_DESTINATION
     aborted = MigrationUpdate(migration="m1", host="beta", phase=Phase.ABORTED)
     assert merged(RECORD, aborted).phase is Phase.REQUESTED
+
+
+def test_the_path_is_what_the_source_said_last() -> None:
+    first, last = (
+        MigrationReport(total_ms=total_ms, paging=PagingReport(path=path))
+        for total_ms, path in ((1.0, "10.0.0.2"), (2.0, "10.1.0.2"))
+    )
+    destination = MigrationReport(paging=PagingReport(complete=True, faults=9))
+    for told in permutations((first, last, destination)):
+        joined = MigrationReport()
+        for report in told:
+            joined = join_reports(joined, report)
+        assert joined.paging is not None
+        assert joined.paging.complete
+        assert joined.paging.path == "10.1.0.2"

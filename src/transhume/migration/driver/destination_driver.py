@@ -332,8 +332,8 @@ class DestinationDriver(Driver[DestinationState]):
             self._log("a second main connection was refused")
             channel.close()
             return
-        if self._channel is not None:
-            self._channel.shutdown("the source came again")
+        if self._channel is not None and self._pager is not None:
+            self._leave_connections(self._pager)
         self._channel = channel
         self.post_from_thread(ev.SourceConnected())
         try:
@@ -343,6 +343,15 @@ class DestinationDriver(Driver[DestinationState]):
         except (HostLost, PeerProtocolError, KernelError, VmmError) as error:
             if self._channel is channel:
                 self._lose_link(error)
+
+    def _leave_connections(self, pager: Pager) -> None:
+        """The source has noticed before us that they broke. The pager hears it first: were its connection to
+        end under it, it would end the new ones.
+        """
+        pager.lose_link()
+        for channel in (self._channel, self._fault_channel):
+            if channel is not None:
+                channel.shutdown("the source came again")
 
     def _take_fault_channel(self, channel: FrameChannel) -> None:
         before, self._fault_channel = self._fault_channel, channel
