@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -10,20 +11,24 @@ from pathlib import Path
 import numpy as np
 
 from transhume.memory.ram import GuestRam
+from transhume.model.vm import PAGE_BYTES
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import find_running
 
 FIRST_PAGE = 0x20
 PAGE_COUNT = 96
+STILL_FIRST_PAGE = 0x1000
+STILL_PAGE_COUNT = 256
 IMAGE_BYTES = 1 << 20
 SOURCE = Path(__file__).with_name("boot_sector.S")
 
 
-def assemble(folder: Path) -> bytes:
-    """The 512 bytes."""
+def assemble(folder: Path, calm: bool = False) -> bytes:
+    """The 512 bytes. `calm`: it rests between its sweeps."""
     part = folder / "boot.o"
-    subprocess.run(["gcc", "-c", "-m32", "-o", str(part), str(SOURCE)], check=True)
+    choice = ["-DCALM"] if calm else []
+    subprocess.run(["gcc", "-c", "-m32", *choice, "-o", str(part), str(SOURCE)], check=True)
     flat = folder / "boot.bin"
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(part), str(flat)], check=True)
     sector = flat.read_bytes()
@@ -79,3 +84,40 @@ async def read_sweeps(vm_dir: Path) -> Sweeps:
         await monitor.close()
         process.close()
     return sweeps
+
+
+@dataclass(frozen=True)
+class StillPages:
+    """Memory that has content and that the guest never touches."""
+
+    page_count: int
+    content: bytes
+
+
+def fill_still_pages(vm_dir: Path, page_count: int = STILL_PAGE_COUNT) -> StillPages:
+    """Give the guest memory that it never touches, each page another content. Before it is tracked."""
+    content = b"".join(page.to_bytes(8, "little") * (PAGE_BYTES // 8) for page in range(1, page_count + 1))
+    ram = _ram_of(vm_dir)
+    try:
+        os.pwrite(ram.blocks[0].fd, content, STILL_FIRST_PAGE * PAGE_BYTES)
+    finally:
+        ram.close()
+    return StillPages(page_count, content)
+
+
+def read_still_pages(vm_dir: Path, page_count: int = STILL_PAGE_COUNT) -> bytes:
+    """What these pages hold now. Not while any is owed: reading would make it an empty one."""
+    ram = _ram_of(vm_dir)
+    try:
+        return os.pread(ram.blocks[0].fd, page_count * PAGE_BYTES, STILL_FIRST_PAGE * PAGE_BYTES)
+    finally:
+        ram.close()
+
+
+def _ram_of(vm_dir: Path) -> GuestRam:
+    process = find_running(VmPaths(vm_dir))
+    assert process is not None, f"no QEMU runs in {vm_dir}"
+    try:
+        return GuestRam.of_process(process.pid)
+    finally:
+        process.close()

@@ -3,6 +3,9 @@
 # In sweep N it stores N at the begin and at the end of each page, in order. At any moment the pages read
 # N ... N, N-1 ... N-1, and at most one of them differs between its begin and its end. A page that was lost
 # or torn on the way to another host breaks that rule for good or for a sweep.
+#
+# Assembled with CALM it rests after each sweep until the next tick of its clock, 18 times a second, so that
+# many of them share a machine.
 
 .set FIRST_SEGMENT, 0x2000          # address 0x20000
 .set END_SEGMENT, 0x8000            # address 0x80000: 96 pages
@@ -26,6 +29,11 @@ page:
     cmpw $END_SEGMENT, %ax
     jb page
     incl %ebx
+#ifdef CALM
+    sti
+    hlt
+    cli
+#endif
     jmp sweep
 
 .org 510

@@ -42,13 +42,16 @@ async def until(condition: Callable[[], Awaitable[Any]], what: str, limit_s: flo
 
 
 class Farm:
-    """Hosts `alpha` (with the controller) and `beta`, and the shared folder of their disks."""
+    """Hosts `alpha` (with the controller), `beta` and those that a larger lab has, and the folder of
+    their disks, which they share.
+    """
 
     def __init__(self, lab: Lab, disks: Path, guest: Guest) -> None:
         self.lab = lab
         self.disks = disks
         self.guest = guest
         self._sector = assemble(disks)
+        self._calm_sector = assemble(disks, calm=True)
 
     # --- daemons -----------------------------------------------------------------------------------
 
@@ -121,10 +124,10 @@ class Farm:
 
     # --- VMs ---------------------------------------------------------------------------------------
 
-    async def boot(self, vm: str, host: str = "alpha", **changes: Any) -> VmSpec:
+    async def boot(self, vm: str, host: str = "alpha", calm: bool = False, **changes: Any) -> VmSpec:
         """Create and start a boot-sector guest and wait until it sweeps."""
         disk = self.disks / f"{vm}.img"
-        make_disk(disk, self._sector, DEFAULT_VM_USER)
+        make_disk(disk, self._calm_sector if calm else self._sector, DEFAULT_VM_USER)
         fields: dict[str, Any] = {
             "name": vm,
             "memory_bytes": 48 << 20,
@@ -311,10 +314,11 @@ class Farm:
                 await self.start_daemon(host.name)
         async with self.client() as client:
             for record in await client.vms():
-                if record.migration:
+                # The queued one first: it would begin when the other is over.
+                for migration in filter(None, (record.queued, record.migration)):
                     with suppress(TranshumeError):
-                        await client.cancel(record.migration)
-                    await self.ended(record.migration)
+                        await client.cancel(migration)
+                    await self.ended(migration)
                 await client.kill_vm(record.spec.name)
                 await client.delete_vm(record.spec.name)
         for host in self.lab.hosts:
