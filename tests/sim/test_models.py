@@ -7,48 +7,17 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from tests.sim.models import QUIET, Farm, lacking, word
 
 from transhume.migration import events as ev
-from transhume.migration.machine import Event
-from transhume.sim.host import SimHost
-from transhume.sim.invariants import Invariants, Violation
+from transhume.model.migration import Outcome
+from transhume.sim.controller import Record, Update
+from transhume.sim.invariants import Violation
 from transhume.sim.link import Message, SimLink, Word
-from transhume.sim.plan import Plan, Side, draw
-from transhume.sim.register import ANSWER_LIMIT_S, SimRegister
+from transhume.sim.plan import Side
+from transhume.sim.register import ANSWER_LIMIT_S
 from transhume.sim.schedule import Schedule
 from transhume.sim.vm import SimVm, VmStatus
-
-QUIET = replace(
-    draw(Random(0)), answer_lost_share=0.0, answer_late_share=0.0, request_doubled_share=0.0, latency_s=0.01
-)
-
-
-class Farm:
-    """The models that the invariants watch, without movers."""
-
-    def __init__(self, plan: Plan = QUIET) -> None:
-        self.schedule = Schedule()
-        self.register = SimRegister(plan, self.schedule, Random(1), epoch=7)
-        self.source = SimVm(Side.SOURCE, VmStatus.RUNNING, self.schedule)
-        self.destination = SimVm(Side.DESTINATION, VmStatus.ABSENT, self.schedule)
-        self.invariants = Invariants(
-            {Side.SOURCE: self.source, Side.DESTINATION: self.destination}, self.register
-        )
-        self.answers: list[Event] = []
-
-    def prepare(self) -> None:
-        """All that has to happen before a commit."""
-        self.source.change(VmStatus.PAUSED)
-        self.destination.change(VmStatus.PAUSED)
-        self.destination.ram_content = self.destination.state_content = self.source.content
-
-    def swap(self, wanted: Side, epoch: int = 7) -> None:
-        self.register.swap(wanted, epoch, self.answers.append)
-
-    def settle(self) -> None:
-        while self.schedule.step():
-            pass
-
 
 # --- time --------------------------------------------------------------------------------------------
 
@@ -265,32 +234,22 @@ def test_a_vm_whose_qemu_died_may_be_cleaned_away() -> None:
     assert farm.source.kill()
     assert not farm.source.kill()
     farm.source.change(VmStatus.GONE)
-    farm.invariants.at_the_end(cleaning_failed=False)
+    farm.invariants.at_the_end()
 
 
 def test_a_vm_may_not_stay_paused_for_ever() -> None:
     farm = Farm()
     farm.source.change(VmStatus.PAUSED)
     with pytest.raises(Violation, match="the VM is lost: paused at the source"):
-        farm.invariants.at_the_end(cleaning_failed=False)
+        farm.invariants.at_the_end()
 
 
 def test_nothing_may_be_left_at_the_loser_unless_cleaning_failed() -> None:
     farm = Farm()
     farm.destination.change(VmStatus.PAUSED)
-    farm.invariants.at_the_end(cleaning_failed=True)
+    farm.invariants.at_the_end(excused=frozenset(Side))
     with pytest.raises(Violation, match="left over at the destination"):
-        farm.invariants.at_the_end(cleaning_failed=False)
-
-
-def lacking(farm: Farm) -> None:
-    """The VM belongs to the destination and runs there; pages 1 and 2 are still at the source."""
-    farm.prepare()
-    farm.destination.owe({1, 2})
-    farm.destination.guard(True)
-    farm.swap(Side.DESTINATION)
-    farm.settle()
-    farm.destination.change(VmStatus.RUNNING)
+        farm.invariants.at_the_end()
 
 
 def test_a_page_is_placed_once() -> None:
@@ -316,7 +275,7 @@ def test_a_vm_that_lacks_nothing_needs_no_guard() -> None:
         farm.destination.place(page)
     farm.destination.guard(False)
     farm.source.change(VmStatus.GONE)
-    farm.invariants.at_the_end(cleaning_failed=False)
+    farm.invariants.at_the_end()
 
 
 def test_the_source_may_not_free_what_the_destination_lacks() -> None:
@@ -334,7 +293,7 @@ def test_the_source_may_free_its_ram_when_the_destination_died_or_gave_up() -> N
     lacking(gave_up)
     gave_up.invariants.gave_up = lambda: True
     gave_up.source.change(VmStatus.GONE)
-    gave_up.invariants.at_the_end(cleaning_failed=False)
+    gave_up.invariants.at_the_end()
 
 
 def test_the_source_may_be_freed_when_nobody_holds_its_ram_any_more() -> None:
@@ -344,14 +303,86 @@ def test_the_source_may_be_freed_when_nobody_holds_its_ram_any_more() -> None:
     farm.invariants.source_has_ram = lambda: False
     farm.source.change(VmStatus.GONE)
     with pytest.raises(Violation, match="for ever, and nobody says so"):
-        farm.invariants.at_the_end(cleaning_failed=False)
+        farm.invariants.at_the_end()
 
 
 def test_pages_may_not_be_missing_for_ever_without_a_word() -> None:
     farm = Farm()
     lacking(farm)
     with pytest.raises(Violation, match="lacks pages"):
-        farm.invariants.at_the_end(cleaning_failed=True)
+        farm.invariants.at_the_end(excused=frozenset(Side))
+
+
+def test_the_source_may_not_free_what_is_to_be_compared() -> None:
+    farm = Farm()
+    lacking(farm)
+    for page in (1, 2):
+        farm.destination.place(page)
+    farm.destination.uncompared = True
+    with pytest.raises(Violation, match="has still to compare"):
+        farm.source.change(VmStatus.GONE)
+
+
+def test_the_safe_copy_may_not_be_removed_while_pages_are_missing() -> None:
+    farm = Farm()
+    lacking(farm)
+    farm.copy.there = True
+    farm.copy.go_down(5.0)
+    farm.copy.remove()
+    assert farm.copy.removal_failed
+    farm.copy.heal()
+    with pytest.raises(Violation, match="the safe copy was removed while the destination lacked 2"):
+        farm.copy.remove()
+
+
+# --- back from a destination ------------------------------------------------------------------------
+
+
+def test_a_vm_is_taken_back_from_a_dead_destination() -> None:
+    farm = Farm()
+    lacking(farm)
+    farm.destination.kill()
+    farm.take_back()
+    farm.source.change(VmStatus.RUNNING)
+    farm.invariants.at_the_end()
+    assert farm.invariants.revived
+
+
+def test_a_vm_that_lives_at_its_destination_may_not_be_taken_back() -> None:
+    farm = Farm()
+    lacking(farm)
+    with pytest.raises(Violation, match="took back a VM that lives at its destination"):
+        farm.take_back()
+
+
+def test_a_vm_that_was_freed_may_not_be_taken_back() -> None:
+    farm = Farm()
+    lacking(farm)
+    farm.destination.kill()
+    farm.source.change(VmStatus.GONE)
+    with pytest.raises(Violation, match="took back a VM that it had freed"):
+        farm.take_back()
+
+
+def test_a_lie_excuses_two_runners_for_a_while() -> None:
+    farm = Farm()
+    lacking(farm)
+    excused = True
+    farm.invariants.lied = lambda: excused
+    farm.take_back()
+    farm.source.change(VmStatus.RUNNING)
+    farm.destination.change(VmStatus.PAUSED)
+    farm.destination.change(VmStatus.RUNNING)
+    with pytest.raises(Violation, match="its destination, which knows, still runs it"):
+        farm.invariants.demand_one_runner_again()
+    farm.destination.change(VmStatus.PAUSED)
+    farm.invariants.demand_one_runner_again()
+    excused = False
+    with pytest.raises(Violation, match="runs at the destination and belongs to the source"):
+        farm.destination.change(VmStatus.RUNNING)
+
+
+# --- words -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -368,41 +399,53 @@ def test_pages_may_not_be_missing_for_ever_without_a_word() -> None:
 def test_the_last_word_must_be_true(side: Side, runs_at: str, true: bool) -> None:
     farm = Farm()
     if true:
-        farm.invariants.last_word(side, runs_at)
+        farm.invariants.last_word(side, word(side, runs_at))
         return
     with pytest.raises(Violation, match=side.value):
-        farm.invariants.last_word(side, runs_at)
+        farm.invariants.last_word(side, word(side, runs_at))
 
 
 def test_who_knew_that_its_qemu_had_died_may_not_say_that_the_vm_runs() -> None:
     farm = Farm()
     farm.source.kill()
-    farm.invariants.last_word(Side.SOURCE, "source host source")
+    farm.invariants.last_word(Side.SOURCE, word(Side.SOURCE, "source host source"))
     farm.source.death_was_noticed = True
     with pytest.raises(Violation, match="knew that its QEMU had died"):
-        farm.invariants.last_word(Side.SOURCE, "source host source")
+        farm.invariants.last_word(Side.SOURCE, word(Side.SOURCE, "source host source"))
 
 
-# --- the host ----------------------------------------------------------------------------------------
+NOBODY: dict[Side, Update | None] = {Side.SOURCE: None, Side.DESTINATION: None}
 
 
-def test_only_a_living_daemon_replaces_a_mover_and_only_one_that_had_not_ended() -> None:
-    schedule = Schedule()
-    host = SimHost(Side.SOURCE, SimVm(Side.SOURCE, VmStatus.RUNNING, schedule), schedule, Random(3))
-    started: list[float] = []
-    host.start_mover = lambda: started.append(schedule.now_s)
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        (Record(), "the record does not end"),
+        (Record(Outcome.FAILED, runs_at="source host source"), "belongs to the destination"),
+        (Record(Outcome.FAILED, runs_at="nowhere: it died"), "the VM runs at the destination"),
+        (Record(Outcome.COMPLETED, runs_at="destination host destination"), "does not say so"),
+        (Record(Outcome.FAILED, runs_at="destination host destination; it lacks pages"), ""),
+    ],
+)
+def test_the_record_must_be_true(record: Record, complaint: str) -> None:
+    farm = Farm()
+    lacking(farm)
+    if not complaint:
+        farm.invariants.record(record, NOBODY)
+        return
+    with pytest.raises(Violation, match=complaint):
+        farm.invariants.record(record, NOBODY)
 
-    host.journal.append("precopy")
-    host.kill_daemon(back_after_s=5.0)
-    host.mover_gone()
-    while schedule.step():
-        pass
-    assert len(started) == 1
-    assert started[0] > 5.0
 
-    host.journal.append("done")
-    host.mover_gone()
-    while schedule.step():
-        pass
-    assert len(started) == 1
-    assert host.ended
+def test_the_record_may_not_say_that_pages_are_lost_which_are_not() -> None:
+    farm = Farm()
+    lacking(farm)
+    for page in (1, 2):
+        farm.destination.place(page)
+    lost = Record(Outcome.FAILED, runs_at="destination host destination", error_code="pages-lost")
+    with pytest.raises(Violation, match="the VM has them all"):
+        farm.invariants.record(lost, NOBODY)
+    farm.copy.there = True
+    completed = Record(Outcome.COMPLETED, runs_at="destination host destination")
+    with pytest.raises(Violation, match="the safe copy is left over"):
+        farm.invariants.record(completed, NOBODY)

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 
 import pytest
 from tests.sim.broken import BROKEN
+from tests.sim.broken_paging import BROKEN_PAGING
 
 from transhume.migration.destination import DestinationMachine
 from transhume.migration.source import SourceMachine
 from transhume.sim.__main__ import main
 from transhume.sim.farm import SeedResult, SimFarm
 from transhume.sim.mover import RuleTaken
-from transhume.sim.source_mover import SimSourceMover
 
+ALL_BROKEN = BROKEN | BROKEN_PAGING
 SEEDS = 3000
 SEEDS_TO_FIND_A_BUG = 3000
 
@@ -111,9 +112,10 @@ def test_a_seed_that_failed_once_stays_good(seed: int) -> None:
 
 def test_the_seeds_tell_stories_of_every_kind(played: Played) -> None:
     endings = Counter(result.ending for result in played.results)
-    assert set(endings) == {"moved", "stayed", "never begun", "lost with its QEMU", "lacks pages"}
+    usual = {"moved", "stayed", "never begun", "lost with its QEMU", "lacks pages", "taken back"}
+    assert set(endings) == usual | {"waits for a host"}
     assert min(endings["moved"], endings["stayed"]) > SEEDS // 5
-    assert min(endings.values()) > SEEDS // 500
+    assert min(endings[each] for each in usual) > SEEDS // 500
 
 
 def test_the_seeds_lead_through_every_state(played: Played) -> None:
@@ -123,36 +125,22 @@ def test_the_seeds_lead_through_every_state(played: Played) -> None:
 
 
 def test_everything_ends_soon_after_the_faults(played: Played) -> None:
-    """The limit is generous; what has to wait waits for the machines' own limits, which are far below it."""
-    assert max(result.simulated_s for result in played.results) < 120
+    """The limit is generous; what has to wait waits for the machines' own limits, which are far below it.
+
+    Who waits for a host that never comes back waits until the simulation has seen enough of it.
+    """
+    ended = [result for result in played.results if result.ending != "waits for a host"]
+    assert max(result.simulated_s for result in ended) < 140
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", ALL_BROKEN)
 def test_a_broken_rule_is_found_out(name: str) -> None:
-    parts = BROKEN[name]
+    parts = ALL_BROKEN[name]
     for seed in (CAUGHT_BY.get(name, 0), *range(SEEDS_TO_FIND_A_BUG)):
         violation = SimFarm(seed, parts).run().violation
         if violation and not violation.startswith("AssertionError"):
             return
     pytest.fail(f"no seed below {SEEDS_TO_FIND_A_BUG} catches {name}")
-
-
-@pytest.mark.parametrize(
-    ("part", "exemption", "seed"),
-    [
-        (SimSourceMover, "waits_for_ram_that_nobody_opened", 3290),
-        (SimFarm, "_was_paged_without_a_word", 3462),
-        (SimFarm, "_failed_after_the_record_ended", 1337),
-    ],
-)
-def test_what_is_let_through_still_has_to_be(
-    monkeypatch: pytest.MonkeyPatch, part: type, exemption: str, seed: int
-) -> None:
-    """When this fails the machines stand the case: take the exemption out, and keep the seed above."""
-    assert SimFarm(seed).run().violation == ""
-    never = property(lambda _: False) if part is SimSourceMover else lambda _: False
-    monkeypatch.setattr(part, exemption, never)
-    assert "it does not end" in SimFarm(seed).run().violation
 
 
 @pytest.mark.parametrize("seed", [3, 109, 625])

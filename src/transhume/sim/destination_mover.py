@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine, DestinationState
 from transhume.migration.machine import Command, Event
-from transhume.model.migration import Engine, Rest
+from transhume.model.migration import Engine, Outcome, Rest
+from transhume.sim.controller import Update
 from transhume.sim.host import SimHost
 from transhume.sim.invariants import Violation
 from transhume.sim.link import Message, Word
@@ -35,11 +36,11 @@ class SimDestinationMover(SimMover):
         host: SimHost,
         machine: DestinationMachine,
         prepared: Callable[[], None],
-        record: Callable[[], ev.MigrationKnown],
     ) -> None:
         super().__init__(world, host, machine)
+        self._destination = machine
         self._prepared = prepared
-        self._record = record
+        self._predecessor_state = host.last_state
         self._owed: set[int] = set()
         self._pages: set[int] | None = None
         self._alone_since_s: float | None = None
@@ -74,8 +75,36 @@ class SimDestinationMover(SimMover):
         self._take_over_paging(self.host.owed)
         self.tell(ev.Recovered(state_may_be_sent=True))
         if not self._pages:
-            past = predecessor_state == DestinationState.RUNNING
-            self.after(0.0, self.tell, ev.AllPaged() if past else self._when_placed())
+            self.after(0.0, self.tell, self._when_placed())
+
+    def _when_placed(self) -> Event:
+        """A predecessor that was past the comparison may have ended the account of writes: no second one."""
+        compared = self._predecessor_state == DestinationState.RUNNING
+        return ev.AllPlaced() if self.world.plan.options.verify and not compared else ev.AllPaged()
+
+    def update(self) -> Update:
+        machine = self._destination
+        outcome = Outcome.RUNNING
+        if machine.finished and (machine.state is DestinationState.DONE or machine.source_never_came):
+            outcome = machine.outcome
+        lacks_nothing = self._pages is not None and not self._pages
+        return Update(
+            self.side,
+            machine.phase,
+            outcome,
+            machine.runs_at,
+            machine.error_code,
+            machine.error,
+            lacks_nothing,
+            paged=lacks_nothing and not self._needs_comparison,
+        )
+
+    @property
+    def _needs_comparison(self) -> bool:
+        """Whether the source is needed although no page is missing."""
+        machine = self._destination
+        past = machine.state in (DestinationState.RUNNING, DestinationState.DONE) and not machine.error_code
+        return self.world.plan.options.verify and not past
 
     def _made(self) -> None:
         if self.vm.status is VmStatus.ABSENT:
@@ -83,7 +112,7 @@ class SimDestinationMover(SimMover):
         self.after(self.world.rng.uniform(0.01, 0.3), self._listen)
 
     def _listen(self) -> None:
-        if not self.vm.lives or not self.world.register.reachable:
+        if not self.vm.lives or not self.world.register.reachable(self.side):
             self.tell(ev.CommandFailed("Begin", "vmm", "QEMU or the controller does not answer"))
             return
         self.tell(ev.Listening())
@@ -91,9 +120,7 @@ class SimDestinationMover(SimMover):
             self._prepared()
 
     def carry_out(self, command: Command) -> None:
-        if isinstance(command, ev.AskController):
-            self.after(0.01, self._ask)
-        elif isinstance(command, ev.TellPeerCommitted):
+        if isinstance(command, ev.TellPeerCommitted):
             self.send(Word.COMMITTED)
         elif isinstance(command, ev.TellPeerRunning):
             self.send(Word.RUNNING)
@@ -103,6 +130,8 @@ class SimDestinationMover(SimMover):
         elif isinstance(command, ev.TellPeerPaged):
             self._paged_is_due = True
             self.after(0.01, self._paged)
+        elif isinstance(command, ev.ReadSafeCopy):
+            self.after(self.world.rng.uniform(0.001, 0.3), self._read_safe_copy)
         elif isinstance(command, ev.TellPeerFailed):
             self.send(Word.FAILED, text=command.message)
         elif isinstance(command, ev.DestroyVm):
@@ -116,6 +145,9 @@ class SimDestinationMover(SimMover):
         super().tell(event)
         if isinstance(event, ev.VmResumed):
             self._paging_since_s = self.world.schedule.now_s
+
+    def taken(self, event: Event) -> None:
+        self.vm.uncompared &= self.machine.state not in (DestinationState.RUNNING, DestinationState.DONE)
 
     def _miss_the_source(self) -> None:
         """The stream itself notices silence: it ends, and the source hears that, if it hears anything."""
@@ -156,19 +188,14 @@ class SimDestinationMover(SimMover):
         elif message.word is Word.FINISHED:
             self.tell(ev.PeerFinished())
 
-    def _ask(self) -> None:
-        if self.world.register.reachable:
-            self.tell(self._record())
-
     def _welcome(self) -> None:
         self._alone_since_s = None
         self.tell(ev.SourceConnected())
         if self._pages is None:
             self.send(Word.WELCOME)
         else:
-            past = self.machine.state in (DestinationState.RUNNING, DestinationState.DONE)
-            to_compare = self.world.plan.options.verify and not past
-            self.send(Word.MISSING, text="to compare" * to_compare, pages=tuple(sorted(self._pages)))
+            text = "to compare" if self._needs_comparison else ""
+            self.send(Word.MISSING, text=text, pages=tuple(sorted(self._pages)))
 
     def _take_last_pages(self, message: Message) -> None:
         if self.world.plan.options.engine is not Engine.QEMU:
@@ -207,6 +234,7 @@ class SimDestinationMover(SimMover):
         self.host.owed = frozenset(self._owed)
         self._pages = set(self._owed)
         self.vm.owe(self._owed)
+        self.vm.uncompared = self.world.plan.options.verify
         self.vm.guard(True)
         self.after(0.01, self._fault)
 
@@ -249,6 +277,9 @@ class SimDestinationMover(SimMover):
 
     def _take_pages(self, pages: tuple[int, ...]) -> None:
         self.tell(HEARD)
+        self._place(pages)
+
+    def _place(self, pages: Iterable[int]) -> None:
         if not self._pages or not self.vm.lives:
             return
         for page in self.unplaced(pages):
@@ -257,12 +288,14 @@ class SimDestinationMover(SimMover):
         if not self._pages:
             self.tell(self._when_placed())
 
-    def _when_placed(self) -> Event:
-        return ev.AllPlaced() if self.world.plan.options.verify else ev.AllPaged()
-
     def _send_digests(self) -> None:
         """What is said on a connection that has ended is said again on the next."""
-        if self._compares:
+        if not self._compares:
+            return
+        if self.strikes(self.world.plan.command_failure_share):
+            self._compares = False
+            self.tell(ev.AllPaged())  # the kernel has lost the account of writes: nothing can be compared
+        else:
             self.send(Word.DIGESTS)
 
     def _take_comparison(self, difference: str) -> None:
@@ -276,7 +309,7 @@ class SimDestinationMover(SimMover):
         else:
             self.tell(ev.AllPaged())
 
-    def unplaced(self, pages: tuple[int, ...]) -> tuple[int, ...]:
+    def unplaced(self, pages: Iterable[int]) -> tuple[int, ...]:
         """What has come twice is dropped the second time: the guest may have written it since."""
         assert self._pages is not None
         return tuple(page for page in pages if page in self._pages)
@@ -285,13 +318,22 @@ class SimDestinationMover(SimMover):
         if self._paged_is_due:
             self._paged_is_due = False
             self.vm.guard(False)
-            self.host.paged |= not self.machine.finished  # after the last word nothing is published
+            self.world.safe_copy.remove()  # a source that never comes back cannot do it
             self.send(Word.PAGED)
 
     def farewell(self) -> None:
         self._paged()
 
+    def _read_safe_copy(self) -> None:
+        copy = self.world.safe_copy
+        if self._pages is None or not copy.readable:
+            self.tell(ev.CommandFailed(ev.ReadSafeCopy.__name__, "vmm", "it cannot be read"))
+            return
+        self._place(sorted(copy.pages))
+        self.tell(ev.SafeCopyRead(len(self._pages)))
+
     def lost(self) -> None:
+        self._compares = False
         if self._alone_since_s is None:
             self._alone_since_s = self.world.schedule.now_s
 

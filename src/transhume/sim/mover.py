@@ -12,10 +12,12 @@ from transhume.migration import events as ev
 from transhume.migration.destination import DestinationMachine
 from transhume.migration.machine import Command, Event
 from transhume.migration.source import SourceMachine
+from transhume.sim.controller import SimController, Update
 from transhume.sim.host import SimHost
 from transhume.sim.link import Message, SimLink, Word
 from transhume.sim.plan import SUCCESSOR, Plan, Side
 from transhume.sim.register import SimRegister
+from transhume.sim.safe_copy import SimSafeCopy
 from transhume.sim.schedule import Schedule
 from transhume.sim.vm import SimVm, VmStatus
 
@@ -49,6 +51,8 @@ class MoverWorld:
         rng: Random,
         schedule: Schedule,
         register: SimRegister,
+        controller: SimController,
+        safe_copy: SimSafeCopy,
         state_entered: Callable[[Side, str], int | None],
         say: Callable[[str], None] | None,
         rules: set[RuleTaken] | None,
@@ -57,6 +61,8 @@ class MoverWorld:
         self.rng = rng
         self.schedule = schedule
         self.register = register
+        self.controller = controller
+        self.safe_copy = safe_copy
         self.state_entered = state_entered
         self.say = say
         self.rules = rules
@@ -85,6 +91,7 @@ class SimMover(ABC):
         self._tick_s = TICK_S
         self._beat_s = min(SLOWEST_TICK_S, world.plan.options.peer_silence_limit_s / 4)
         self._beaten_s = 0.0
+        self._said: Update | None = None
 
     # --- what the two ends do differently --------------------------------------------------------
 
@@ -101,6 +108,14 @@ class SimMover(ABC):
         """Take one message of the other end."""
 
     @abstractmethod
+    def taken(self, event: Event) -> None:
+        """Called after the machine has taken an event, before its commands are carried out."""
+
+    @abstractmethod
+    def update(self) -> Update:
+        """Where the migration stands, for the controller."""
+
+    @abstractmethod
     def lost(self) -> None:
         """Called after the machine has heard that the connection is gone."""
 
@@ -115,9 +130,6 @@ class SimMover(ABC):
         predecessor_state = self.host.last_state
         self.journal_the_start(predecessor_state)
         self._schedule_tick()
-        if not self.vm.lives and predecessor_state is not None and self.side is Side.DESTINATION:
-            # A successor that finds no QEMU may learn so before or after it knows what it is.
-            self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.QemuDied("it does not run"))
         if self.host.cancel_pending:
             self.host.cancel_pending = False
             self.after(self.world.rng.uniform(0.0, 0.2), self.tell, ev.CancelRequested())
@@ -144,7 +156,10 @@ class SimMover(ABC):
         self.host.mover_gone()
 
     def tell(self, event: Event) -> None:
-        """Hand one event to the machine: journal first, then the commands, in order."""
+        """Hand one event to the machine: journal first, then the commands, in order.
+
+        Only a final state is noted after them: without the last word nobody would hear how it ended.
+        """
         if not self.alive:
             return
         world, machine = self.world, self.machine
@@ -160,15 +175,11 @@ class SimMover(ABC):
             return
         if world.say is not None:
             self._log(f"{before} <- {event} -> {machine.state} {list(commands)}")
-        kill_after: int | None = None
-        if machine.state is not before:
+        changed = machine.state is not before
+        kill_after = world.state_entered(self.side, machine.state) if changed else None
+        if changed and not machine.finished:
             self.host.journal.append(machine.state)
-            if machine.finished:
-                # The last word comes before this entry of the journal.
-                self.host.last_error = machine.error
-                self.host.last_error_code = machine.error_code
-                self.host.last_outcome = machine.outcome
-            kill_after = world.state_entered(self.side, machine.state)
+        self.taken(event)
         for index, command in enumerate(commands):
             if index == kill_after:
                 break
@@ -176,6 +187,7 @@ class SimMover(ABC):
         if kill_after is not None:
             self.kill()
         elif machine.finished:
+            self.host.journal.append(machine.state)
             self.farewell()
             self._leave()
 
@@ -183,16 +195,28 @@ class SimMover(ABC):
         if isinstance(command, ev.StopWork):
             self._work += 1
         elif isinstance(command, ev.Publish):
-            if command.ended:
-                self.host.last_word = self.machine.runs_at
+            self._publish(command.ended)
         elif isinstance(command, ev.ResumeVm):
             self._resume()
         elif isinstance(command, ev.SwapToSource):
-            self._swap(Side.SOURCE)
+            self._swap(Side.SOURCE, self.world.epoch, Side.SOURCE)
         elif isinstance(command, ev.SwapToDestination):
-            self._swap(Side.DESTINATION)
+            self._swap(Side.SOURCE, self.world.epoch, Side.DESTINATION)
+        elif isinstance(command, ev.SwapBack):
+            self._swap(Side.DESTINATION, self.world.epoch + 1, Side.SOURCE)
+        elif isinstance(command, ev.AskController):
+            self.after(0.01, self._ask)
         else:
             self.carry_out(command)
+
+    def _publish(self, ended: bool = False) -> None:
+        self._said = self.update()
+        self.host.hear(self._said, ended)
+
+    def _ask(self) -> None:
+        """No answer is no answer: whoever asks has a limit of its own."""
+        if self.world.register.reachable(self.side):
+            self.tell(self.world.controller.known)
 
     def _schedule_tick(self) -> None:
         self.after(self._tick_s, self._tick)
@@ -204,6 +228,8 @@ class SimMover(ABC):
             self.send(Word.PING)
         self._tick_s = min(self._tick_s * TICK_GROWTH, self._beat_s)
         self.tell(TICK)
+        if self.alive and self.update() != self._said:
+            self._publish()
         if self.alive:
             self._schedule_tick()
 
@@ -253,7 +279,7 @@ class SimMover(ABC):
         self.vm.command(self.world.rng.uniform(0.001, COMMAND_LIMIT_S), lambda: self._if_sent(effect))
 
     def _if_sent(self, effect: Callable[[], None]) -> None:
-        if self.alive or self.world.rng.random() < 0.5:
+        if self.alive or (not self.host.down and self.world.rng.random() < 0.5):
             effect()
 
     def send(
@@ -298,8 +324,8 @@ class SimMover(ABC):
             answer = ev.CommandFailed("ResumeVm", "vmm", "QEMU does not run")
         self.after(0.001, self.tell, answer)
 
-    def _swap(self, wanted: Side) -> None:
-        self.world.register.swap(wanted, self.world.epoch, self.tell)
+    def _swap(self, expected: Side, epoch: int, wanted: Side) -> None:
+        self.world.register.swap(self.side, expected, epoch, wanted, self.tell)
 
     def _log(self, text: str) -> None:
         if self.world.say is not None:

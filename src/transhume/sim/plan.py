@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
@@ -20,7 +21,11 @@ class Side(StrEnum):
 
 
 class FaultKind(StrEnum):
-    """What can go wrong. A mover is killed with -9, like everything else."""
+    """What can go wrong. A mover is killed with -9, like everything else.
+
+    `KILL_HOST` ends all that runs on a host at once, `ISOLATE` leaves it running and unheard, `STORAGE_DOWN`
+    is that of the safe copy, `END_RECORD` a controller that has heard nothing for very long.
+    """
 
     KILL_MOVER = "kill-mover"
     KILL_DAEMON = "kill-daemon"
@@ -36,10 +41,31 @@ class FaultKind(StrEnum):
     SWITCH = "switch"
     ADJUST = "adjust"
     END_RECORD = "end-record"
+    KILL_HOST = "kill-host"
+    ISOLATE = "isolate"
+    STORAGE_DOWN = "storage-down"
 
 
-WINDOWS = (FaultKind.KILL_DAEMON, FaultKind.SLOW_LINK, FaultKind.REGISTER_DOWN, FaultKind.REGISTER_FULL)
+WINDOWS = (
+    FaultKind.KILL_DAEMON,
+    FaultKind.SLOW_LINK,
+    FaultKind.REGISTER_DOWN,
+    FaultKind.REGISTER_FULL,
+    FaultKind.KILL_HOST,
+    FaultKind.ISOLATE,
+    FaultKind.STORAGE_DOWN,
+)
 """Faults that end by themselves after a while."""
+
+
+class Promise(StrEnum):
+    """What a person promises who takes the VM back from its destination: that this host is dead.
+
+    `LIE`: it is only cut off, and goes on without being heard.
+    """
+
+    TRUE = "true"
+    LIE = "lie"
 
 
 @dataclass(frozen=True)
@@ -86,6 +112,8 @@ class Plan:
     late_echo_share: float
     owed_pages: int
     memory_differs: bool
+    revival: Promise | None
+    revival_after_s: float
     load_hangs: bool
     source_never_begins: bool
     record_outlives_the_begin: bool
@@ -101,7 +129,7 @@ _STATES: dict[Side, tuple[str, ...]] = {
         *(state.value for state in SourceState),
         *(SourceState.STATE, SourceState.AWAITING_COMMIT, SourceState.AWAITING_COMMIT),
         *(SourceState.RESOLVING, SourceState.RETIRING, SourceState.RETIRING),
-        *(SourceState.PAGING, SourceState.PAGING, SourceState.RECONNECTING),
+        *(SourceState.PAGING, SourceState.PAGING, SourceState.RECONNECTING, SourceState.REVIVING),
     ),
     Side.DESTINATION: (
         *(state.value for state in DestinationState),
@@ -125,6 +153,11 @@ _ORDERS_OF_TRANSFER: tuple[tuple[Mode, Rest | None, int | None], ...] = (
 )
 """Mode, rest and iterations. Some that leave no page for after the resume stay among them."""
 
+_OWING_ORDERS = tuple(
+    order
+    for order in _ORDERS_OF_TRANSFER
+    if order[0] in (Mode.POST_COPY, Mode.HYBRID) or (order[1] is not None and order[1].after_resume)
+)
 _SIDES = tuple(Side)
 _KINDS = (*FaultKind, FaultKind.KILL_MOVER, FaultKind.KILL_MOVER)
 _SCALES_S = (0.001, 0.05, 0.5, 4.0)
@@ -135,13 +168,17 @@ def draw(rng: Random) -> Plan:
     """A plan. Most seeds have few faults, so that each is met in otherwise good order; some have many."""
     fault_count = rng.choice((0, 1, 1, 1, 2, 2, 3, 4, 6))
     troubled = fault_count > 0
+    controller = rng.choice((Side.SOURCE, Side.DESTINATION, None))
+    revival = rng.choice(tuple(Promise)) if troubled and rng.random() < 0.08 else None
     faults: list[Fault] = []
     for _ in range(fault_count):
-        faults.append(_fault(rng))
+        faults.append(_fault(rng, controller))
         if faults[-1].kind is FaultKind.KILL_MOVER and rng.random() < 0.5:
             faults.append(_second_blow(rng, faults[-1].side))
-    plan = Plan(
-        options=_options(rng),
+    if revival is not None:
+        faults.append(_lost_destination(rng, revival, controller))
+    return Plan(
+        options=_options(rng, pages_are_owed=revival is not None),
         guest=_guest(rng),
         faults=tuple(faults),
         latency_s=rng.choice((0.0002, 0.002, 0.05)),
@@ -152,32 +189,26 @@ def draw(rng: Random) -> Plan:
         request_doubled_share=rng.choice((0.0, 0.3)) if troubled else 0.0,
         late_echo_share=rng.choice((0.0, 0.5)),
         owed_pages=rng.randint(1, 6),
-        memory_differs=False,
+        memory_differs=troubled and rng.random() < 0.2,
+        revival=revival,
+        revival_after_s=rng.uniform(0.0, rng.choice(_SCALES_S)),
         load_hangs=troubled and rng.random() < 0.03,
         source_never_begins=troubled and rng.random() < 0.03,
         record_outlives_the_begin=rng.random() < 0.5,
-        controller=rng.choice((Side.SOURCE, Side.DESTINATION, None)),
-        heal_s=rng.uniform(2.0, 30.0),
+        controller=controller,
+        heal_s=rng.uniform(2.0, 30.0) if revival is None else rng.uniform(10.0, 40.0),
     )
-    return _verified(plan)
 
 
-def _verified(plan: Plan) -> Plan:
-    """A quarter of the plans has its pages verified. Nothing is drawn for it, so that the others stay."""
-    share = int(plan.heal_s * 1e6)
-    if share % 4 or not plan.options.may_page:
-        return plan
-    options = plan.options.model_copy(update={"verify": True})
-    return replace(plan, options=options, memory_differs=share % 3 == 0)
-
-
-def _options(rng: Random) -> MigrationOptions:
-    engine = Engine.QEMU if rng.random() < 0.2 else Engine.TRANSHUME
-    mode, rest, iterations = (
-        (Mode.AUTO, None, None) if engine is Engine.QEMU else rng.choice(_ORDERS_OF_TRANSFER)
-    )
+def _options(rng: Random, pages_are_owed: bool) -> MigrationOptions:
+    engine = Engine.QEMU if rng.random() < 0.2 and not pages_are_owed else Engine.TRANSHUME
+    orders = _OWING_ORDERS if pages_are_owed else _ORDERS_OF_TRANSFER
+    mode, rest, iterations = (Mode.AUTO, None, None) if engine is Engine.QEMU else rng.choice(orders)
+    known = MigrationOptions(engine=engine, mode=mode, rest=rest, iterations=iterations)
     return MigrationOptions(
         engine=engine,
+        safe_dir="/shared" if known.may_page and rng.random() < 0.4 else None,
+        verify=known.may_page and rng.random() < 0.3,
         mode=mode,
         rest=rest,
         iterations=iterations,
@@ -201,7 +232,7 @@ def _guest(rng: Random) -> Guest:
     )
 
 
-def _fault(rng: Random) -> Fault:
+def _fault(rng: Random, controller: Side | None) -> Fault:
     kind = rng.choice(_KINDS)
     side = rng.choice(_SIDES)
     by_state = rng.random() < 0.75
@@ -216,7 +247,32 @@ def _fault(rng: Random) -> Fault:
         state=rng.choice(_STATES[watched]),
         delay_s=0.0 if at_once else rng.uniform(0.0, rng.choice(_SCALES_S)),
         after_commands=rng.randrange(4),
-        lasts_s=rng.uniform(0.1, 12.0) if kind in WINDOWS else 0.0,
+        lasts_s=_lasts_s(rng, kind, side, controller),
+    )
+
+
+def _lasts_s(rng: Random, kind: FaultKind, side: Side, controller: Side | None) -> float:
+    """A host that dies may be gone for ever; not with the controller on it, without which nothing ends."""
+    if kind is FaultKind.KILL_HOST and side is not controller and rng.random() < 0.4:
+        return math.inf
+    return rng.uniform(0.1, 12.0) if kind in WINDOWS else 0.0
+
+
+def _lost_destination(rng: Random, revival: Promise, controller: Side | None) -> Fault:
+    """Why somebody wants a VM back: the host that runs it, and lacks pages, is not heard any more."""
+    kind = FaultKind.KILL_HOST if revival is Promise.TRUE else FaultKind.ISOLATE
+    watched = rng.choice(_SIDES)
+    there = (DestinationState.RESUMING, DestinationState.PAGING, DestinationState.PAGING)
+    here = (SourceState.COMMITTED, SourceState.PAGING, SourceState.RECONNECTING)
+    return Fault(
+        kind=kind,
+        side=Side.DESTINATION,
+        at_s=None,
+        watched=watched,
+        state=rng.choice(here if watched is Side.SOURCE else there),
+        delay_s=rng.uniform(0.0, rng.choice(_SCALES_S)),
+        after_commands=0,
+        lasts_s=_lasts_s(rng, kind, Side.DESTINATION, controller) if rng.random() < 0.5 else 60.0,
     )
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
-from transhume.model.migration import Engine, PagingReport, Rest
+from transhume.model.errors import HostLost, PagesLost
+from transhume.model.migration import Engine, Outcome, PagingReport, Rest
 from transhume.model.vm import PAGE_BYTES
+from transhume.sim.controller import Update
 from transhume.sim.host import SimHost
-from transhume.sim.link import Message, Word
+from transhume.sim.link import Message, SimLink, Word
 from transhume.sim.mover import HEARD, MoverWorld, SimMover
 from transhume.sim.plan import Side
 from transhume.sim.vm import VmStatus
@@ -18,6 +20,9 @@ from transhume.sim.vm import VmStatus
 STATE_BYTES = 300_000
 SWITCHOVER_COST_S = 0.02
 NATIVE_PASSES_LIMIT = 60
+REGISTER_SILENT_S = 1.5
+"""After so long a register that says nothing is asked again, before the VM is suspended."""
+
 RECONNECT_LIMIT_S = 3.0
 """How long a destination that does not answer is waited for before it is looked for again."""
 
@@ -40,10 +45,9 @@ class SimSourceMover(SimMover):
         host: SimHost,
         machine: SourceMachine,
         connect: Callable[[SimSourceMover], None],
-        record: Callable[[], ev.MigrationKnown],
     ) -> None:
         super().__init__(world, host, machine)
-        self._record = record
+        self._source = machine
         self._connect = connect
         self._pages_left = world.plan.guest.ram_pages
         self._pass_began_s = 0.0
@@ -52,43 +56,46 @@ class SimSourceMover(SimMover):
         self._interrupted_unsent_pages = 0
         self._last_pages_index = 0
         self.has_ram = False
-        self._failed_to_begin = False
-        self._died_unheard = False
         self._owed: list[int] = []
+        self._owed_at_switchover: set[int] = set()
+        self._copying: list[int] | None = None
         self._resumed_there = False
         self._reconnects = 0
         self._reconnecting = False
         self.found_difference = ""
 
     def begin(self, predecessor_state: str | None) -> None:
-        if not self.vm.lives and predecessor_state is not None:
+        # Whoever has opened the RAM keeps it, even when QEMU ends.
+        self.has_ram = self.vm.lives
+        if not self.has_ram:
             self.tell(ev.QemuDied("it does not run"))
         if self.fails_to_begin(predecessor_state):
-            self._failed_to_begin = True
             return
         if predecessor_state is None:
-            # Whoever has opened the RAM keeps it, even when QEMU ends. A successor does so to reconnect.
-            self.has_ram = self.vm.lives
             self.tell(ev.Started())
         elif predecessor_state in _PAGING:
+            if self.has_ram:
+                self._begin_copying(self.host.owed or frozenset())
             self.tell(ev.Recovered(state_may_be_sent=True, paging=True))
+        elif predecessor_state == SourceState.REVIVING:
+            self.tell(ev.Recovered(state_may_be_sent=True, reviving=True))
         else:
             self.tell(ev.Recovered(state_may_be_sent=predecessor_state in _MAY_BE_SENT))
 
-    @property
-    def waits_for_ram_that_nobody_opened(self) -> bool:
-        """An exemption: a successor's QEMU died before its RAM was opened, and the machine takes no note.
+    def taken(self, event: Event) -> None:
+        if isinstance(event, ev.PeerRunning) and self._owed_at_switchover:
+            self._begin_copying(self._owed_at_switchover)
 
-        It takes that for lost pages only when it hears of the death after `Recovered` and before it looks for
-        the destination; otherwise it looks for it for ever, and both ends wait.
-        """
-        waits = self.machine.state is SourceState.RECONNECTING and not self.has_ram and not self.vm.lives
-        return waits and (self._failed_to_begin or self._died_unheard)
-
-    def tell(self, event: Event) -> None:
-        if isinstance(event, ev.QemuDied) and self.machine.state is SourceState.RECONNECTING:
-            self._died_unheard = not self.has_ram
-        super().tell(event)
+    def update(self) -> Update:
+        machine = self._source
+        return Update(
+            self.side,
+            machine.phase,
+            machine.outcome if machine.finished else Outcome.RUNNING,
+            machine.runs_at,
+            machine.error_code,
+            machine.error,
+        )
 
     def farewell(self) -> None:
         return
@@ -106,7 +113,7 @@ class SimSourceMover(SimMover):
         elif isinstance(command, ev.RunNative):
             self._run_native()
         elif isinstance(command, ev.PauseVm):
-            self.qemu(self._pause)
+            self._pause_if_the_register_answers()
         elif isinstance(command, ev.SendLastPages):
             if command.rest.after_resume:
                 self.work(0.002, self._name_owed)
@@ -124,8 +131,6 @@ class SimSourceMover(SimMover):
             self.work(0.0, self._push)
         elif isinstance(command, ev.Reconnect):
             self.after(rng.uniform(0.001, 0.2), self._reconnect)
-        elif isinstance(command, ev.AskController):
-            self.after(0.01, self._ask)
         else:
             raise NotImplementedError(f"the simulated source cannot carry out {command}")
 
@@ -143,7 +148,7 @@ class SimSourceMover(SimMover):
         elif message.word is Word.FETCH:
             self._answer(message.pages)
         elif message.word is Word.DIGESTS:
-            self.after(self.world.rng.uniform(0.001, 1.0), self._compare)
+            self.after(self.world.rng.uniform(0.001, 1.0), self._compare, self.link)
         elif message.word is Word.MISSING:
             self._reconnected(message.pages, to_compare=bool(message.text))
         elif message.word is Word.PAGED:
@@ -155,7 +160,7 @@ class SimSourceMover(SimMover):
     # --- commands --------------------------------------------------------------------------------
 
     def _arm(self) -> None:
-        if not self.world.register.reachable:
+        if not self.world.register.reachable(self.side):
             self.fail(ev.ArmTracking, 0.0, "the controller does not answer")
         elif not self.fails(ev.ArmTracking):
             self.tell(ev.Armed(SWITCHOVER_COST_S))
@@ -208,6 +213,14 @@ class SimSourceMover(SimMover):
         touched = guest.dirty_pages_s * duration_s * self.world.rng.uniform(0.7, 1.3)
         return min(guest.hot_pages, int(touched))
 
+    def _pause_if_the_register_answers(self) -> None:
+        """A VM that is suspended now would wait for it."""
+        if self.world.register.reachable(self.side):
+            self.qemu(self._pause)
+        else:
+            silent = ev.RegisterSilent("the controller does not answer")
+            self.work(REGISTER_SILENT_S, self.tell, silent)
+
     def _pause(self) -> None:
         if not self.vm.lives:
             self.fail(ev.PauseVm, 0.001, "QEMU does not run")
@@ -242,6 +255,8 @@ class SimSourceMover(SimMover):
         self.work(0.001, self.tell, ev.StateSent(STATE_BYTES))
 
     def _retire(self) -> None:
+        if not self._source.ended_owing:
+            self._remove_copy()  # otherwise the destination may still read it
         if self.strikes(self.world.plan.command_failure_share):
             self.world.cleaning_failed = True
             self.after(0.05, self.tell, ev.CommandFailed("RetireVm", "vmm", "it was refused"))
@@ -263,6 +278,7 @@ class SimSourceMover(SimMover):
         if pages:
             self.host.owed = frozenset(pages)
             self._owed = list(pages)
+            self._owed_at_switchover = set(pages)
         self.send(Word.LAST_PAGES, self.vm.still_content, pages=pages)
         self.work(0.001, self.tell, ev.LastPagesSent(self._last_result(), owed_pages=owed_pages))
 
@@ -272,24 +288,19 @@ class SimSourceMover(SimMover):
             page = self.world.rng.randrange(self.world.plan.owed_pages + 2)
             if page not in self._owed:
                 self._owed.append(page)
+            self._owed_at_switchover.add(page)
             self.send(Word.LAST_PAGES, self.vm.still_content, pages=(page,))
 
     def _push(self) -> None:
         """One page after the other, by themselves, from when the order of transfer has that."""
         rest, now_s = self.world.plan.options.rest, self.world.schedule.now_s
         early = rest is not Rest.BACKGROUND and not self._resumed_there
-        early |= rest is Rest.ON_DEMAND and now_s < self.machine_deadline_s
+        early |= rest is Rest.ON_DEMAND and now_s < self._source.deadline_s
         if early:
             self.work(0.1, self._push)
         elif self._owed:
             self._answer((self._owed.pop(),))
             self.work(self.world.rng.uniform(0.001, 0.4), self._push)
-
-    @property
-    def machine_deadline_s(self) -> float:
-        """Until when nothing is pushed that is sent on demand alone."""
-        assert isinstance(self.machine, SourceMachine)
-        return self.machine.deadline_s
 
     def _answer(self, pages: tuple[int, ...]) -> None:
         if self.has_ram:
@@ -298,29 +309,30 @@ class SimSourceMover(SimMover):
     def _reconnect(self) -> None:
         self._reconnects += 1
         self.drop_link()
-        self.has_ram |= self.vm.lives
+        if not self.has_ram:
+            self.after(0.001, self.tell, self._memory_is_gone())
+            return
         self.after(RECONNECT_LIMIT_S, self._reconnect_failed, self._reconnects)
         self._reconnecting = True
-        if self.has_ram:
-            self._connect(self)
-        if self.link is None and not any(self.world.deaf.values()):
-            self._reconnect_failed(self._reconnects)
+        self._connect(self)
+
+    def _memory_is_gone(self) -> ev.CommandFailed:
+        """What the safe copy holds, the destination reads by itself."""
+        copy = self.world.safe_copy
+        error = HostLost if copy.readable and copy.complete else PagesLost
+        return ev.CommandFailed(ev.Reconnect.__name__, error.code, "nobody else has the memory")
+
+    def refused(self) -> None:
+        """Nobody listens at the destination, or its host says that it is not there."""
+        self._reconnect_failed(self._reconnects)
 
     def _reconnect_failed(self, reconnect: int) -> None:
         if reconnect == self._reconnects and self._reconnecting:
             self._reconnecting = False
             self.drop_link()
-            self.tell(ev.CommandFailed("Reconnect", "host-lost", "the destination does not answer"))
-
-    def _compare(self) -> None:
-        """The source's memory is the truth; the machine hears of a difference before the destination does."""
-        difference = "page 1 of ram0" if self.world.plan.memory_differs else ""
-        if not self.has_ram:
-            return
-        if difference:
-            self.found_difference = difference
-            self.tell(ev.MemoryDiffers(difference))
-        self.send(Word.COMPARED, text=difference)
+            self.tell(
+                ev.CommandFailed(ev.Reconnect.__name__, HostLost.code, "the destination does not answer")
+            )
 
     def _reconnected(self, missing: tuple[int, ...], to_compare: bool) -> None:
         self._reconnecting = False
@@ -333,9 +345,50 @@ class SimSourceMover(SimMover):
     def lost(self) -> None:
         self._reconnect_failed(self._reconnects)
 
-    def _ask(self) -> None:
-        if self.world.register.reachable:
-            self.tell(self._record())
+    def _compare(self, link: SimLink) -> None:
+        """The source's memory is the truth; the machine hears of a difference before the destination does."""
+        difference = "page 1 of ram0" if self.world.plan.memory_differs else ""
+        if not self.has_ram:
+            return
+        if difference:
+            self.found_difference = difference
+            self.tell(ev.MemoryDiffers(difference))
+        if self.link is link:
+            self.send(Word.COMPARED, text=difference)
+
+    # --- the safe copy ---------------------------------------------------------------------------
+
+    def _begin_copying(self, owed: Set[int]) -> None:
+        """Beside everything else, from the page that is pushed last; a predecessor's pages stay."""
+        copy = self.world.safe_copy
+        if self.world.plan.options.safe_dir is None or self._copying is not None:
+            return
+        self._copying = []
+        if copy.reachable:
+            copy.there = True
+            self._copying = sorted(owed - copy.pages, reverse=True)
+            self._copy_next(copy.files)
+
+    def _copy_next(self, file: int) -> None:
+        """A file that somebody took away is written on, and read by nobody."""
+        copy = self.world.safe_copy
+        if self._copying is None or file != copy.files or not copy.reachable:
+            self._copying = []
+        elif self._copying:
+            copy.pages.add(self._copying.pop(0))
+            self.after(self.world.rng.uniform(0.001, 0.4), self._copy_next, file)
+        else:
+            copy.complete = True
+
+    def _remove_copy(self) -> None:
+        self._copying = []
+        self.world.safe_copy.remove()
+
+    # --- back, or on -----------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        self._remove_copy()
+        super()._resume()
 
     # --- QEMU's own engine -----------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ class SimVm:
     the vCPUs run. `ram_content` and `state_content` are what a destination was given, None before.
 
     `missing` are the pages that a destination still lacks of that RAM, `placed` those that it lacked once.
-    `guarded`: whether the kernel lets who needs a missing page wait for it; otherwise it reads zeros.
+    `uncompared`: whether its source must compare them before it may be freed. `guarded`: whether the kernel
+    lets who needs a missing page wait for it; otherwise it reads zeros.
     """
 
     def __init__(self, side: Side, status: VmStatus, schedule: Schedule) -> None:
@@ -40,6 +41,7 @@ class SimVm:
         self.state_content: int | None = None
         self.missing: set[int] = set()
         self.placed: set[int] = set()
+        self.uncompared = False
         self.guarded = False
         self.was_killed = False
         self.death_was_noticed = False
