@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from transhume.vmm import device_state
 from transhume.vmm.capabilities import KVM_DEVICE
 from transhume.vmm.device_state import IncomingState, OutgoingState, prepare_load, prepare_save, save
 from transhume.vmm.launch import Launched
+from transhume.vmm.migrate_command import QemuMigration
 
 
 async def stopped_source(machines: Machines, spec: VmSpec, folder: str = "source") -> Launched:
@@ -34,8 +37,11 @@ async def waiting_destination(machines: Machines, spec: VmSpec, folder: str = "d
 
 async def load(destination: Launched, state: bytes) -> None:
     incoming = await IncomingState.begin(destination.monitor)
-    await incoming.feed(state)
-    await incoming.finish()
+    try:
+        await incoming.feed(state)
+        await incoming.finish()
+    finally:
+        incoming.close()
 
 
 @pytest.mark.parametrize(
@@ -323,6 +329,49 @@ async def test_a_broken_state_is_refused_in_qemus_words(machines: Machines, dama
     assert not told.value.message.endswith("nothing"), "QEMU's reason is in it"
     await destination.process.wait(10)
     await source.monitor.cont()
+    await until_counting_on(source.process)
+
+
+async def test_a_state_refused_halfway_leaves_no_socket_open(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all has gone before QEMU refuses is a race with a large buffer, and none with a small one."""
+    monkeypatch.setattr(device_state, "CHANNEL_BUFFER_BYTES", 4096)
+    destination = await waiting_destination(machines, machines.spec(boot=True))
+    incoming = await IncomingState.begin(destination.monitor)
+    with pytest.raises(VmmError, match="QEMU did not take the device state"):
+        await incoming.feed(b"x" * (1 << 20))
+    del incoming
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert [str(warning.message) for warning in left_open] == []
+    await destination.process.wait(10)
+
+
+async def test_a_begin_that_is_broken_off_leaves_no_socket_open(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = await machines.start(machines.spec(boot=True))
+    await prepare_save(source.monitor)
+    setting_up = asyncio.Event()
+
+    async def never_active(migration: QemuMigration, timeout_s: float | None = None) -> None:
+        setting_up.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(QemuMigration, "wait_active", never_active)
+    beginning = asyncio.create_task(OutgoingState.begin(source.monitor))
+    async with asyncio.timeout(20):
+        await setting_up.wait()
+    beginning.cancel()
+    await asyncio.gather(beginning, return_exceptions=True)
+    assert beginning.cancelled()
+    del beginning
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert [str(warning.message) for warning in left_open] == []
     await until_counting_on(source.process)
 
 

@@ -98,7 +98,12 @@ class OutgoingState:
     async def begin(cls, monitor: Monitor) -> OutgoingState:
         """`prepare` and `start` at once."""
         outgoing = await cls.prepare(monitor)
-        await outgoing.start()
+        try:
+            await outgoing.start()
+        except BaseException:
+            # Nobody else has it yet. Without its channel, a QEMU that has begun fails and lets go.
+            outgoing._close()
+            raise
         return outgoing
 
     async def start(self) -> None:
@@ -207,8 +212,11 @@ class OutgoingState:
 async def save(monitor: Monitor) -> bytes:
     """The whole device state at once, with the checks of `OutgoingState.finish`."""
     outgoing = await OutgoingState.begin(monitor)
-    state = b"".join([chunk async for chunk in outgoing.chunks()])
-    await outgoing.finish()
+    try:
+        state = b"".join([chunk async for chunk in outgoing.chunks()])
+        await outgoing.finish()
+    finally:
+        outgoing._close()
     return state
 
 
@@ -245,10 +253,14 @@ class IncomingState:
         return cls(ours, migration)
 
     async def feed(self, chunk: bytes | memoryview) -> None:
-        """Give QEMU the next piece. Raises `VmmError` when it does not take it any more."""
+        """Give QEMU the next piece.
+
+        Raises `VmmError` when it does not take it any more; that QEMU is of no use, and all is closed here.
+        """
         try:
             await asyncio.get_running_loop().sock_sendall(self._channel, chunk)
         except OSError as error:
+            self.close()
             raise VmmError(f"QEMU did not take the device state: {await self._migration.reason()}") from error
 
     async def finish(self, timeout_s: float = 30.0) -> None:
