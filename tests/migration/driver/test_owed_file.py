@@ -67,6 +67,8 @@ def test_where_the_predecessor_listened(tmp_path: Path) -> None:
     assert OwedFile(tmp_path).read_listening() == last
     noted = tmp_path / "listening.json"
     assert stat.S_IMODE(noted.stat().st_mode) == 0o600  # it holds the key
+    noted.write_text('{"port": 4000, "key": "6b6579"}')  # by a release that knew of one address
+    assert OwedFile(tmp_path).read_listening() == Listening(4000, b"key", ())
     noted.write_text('{"port": 4')
     assert OwedFile(tmp_path).read_listening() is None
 

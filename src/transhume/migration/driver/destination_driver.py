@@ -542,7 +542,7 @@ class DestinationDriver(Driver[DestinationState]):
             raise VmmError(f"QEMU of VM {self.migration.vm} has lost its userfaultfd")
         pager = self._make_pager()
         await asyncio.to_thread(pager.recover, self._owed)
-        self._key, self._addresses = listening.key, listening.addresses
+        self._key, self._addresses = listening.key, listening.addresses or self._addresses
         self._open_port(listening.port)
         if pager.missing.left_pages == 0:
             self._loop.call_soon(lambda: self.post(self._when_placed()))

@@ -83,4 +83,5 @@ class OwedFile:
             noted = json.loads(self._listening.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return Listening(noted["port"], bytes.fromhex(noted["key"]), tuple(noted["addresses"]))
+        addresses = tuple(noted.get("addresses", ()))  # a release that knew of one address noted none
+        return Listening(noted["port"], bytes.fromhex(noted["key"]), addresses)
