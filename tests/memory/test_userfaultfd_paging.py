@@ -135,7 +135,8 @@ def test_pages_that_are_placed_protected_are_written_when_the_guest_writes(
         assert placed == source.length_bytes
 
     def written(first: int, count: int) -> list[list[int]]:
-        return scanner.get(guest.address(0, first), count * PAGE_BYTES).tolist()
+        found: list[list[int]] = scanner.get(guest.address(0, first), count * PAGE_BYTES).tolist()
+        return found
 
     try:
         guest.read_later(0, 20)

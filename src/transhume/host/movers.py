@@ -201,6 +201,8 @@ class Movers:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._standby is not None and self._standby.stdin is not None:
             self._standby.stdin.close()  # that is its word to go
+            # It has no work and holds nothing; on a busy host it may still be busy with its own start.
+            self._standby.kill()
             await asyncio.to_thread(self._standby.wait)
 
     def _start(self, job: MoverJob) -> Mover:
