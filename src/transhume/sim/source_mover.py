@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event
@@ -57,7 +57,7 @@ class SimSourceMover(SimMover):
         self._last_pages_index = 0
         self.has_ram = False
         self._owed: list[int] = []
-        self._owed_at_switchover: set[int] = set()
+        self._owed_at_switchover: set[int] = set(host.owed or ())
         self._copying: list[int] | None = None
         self._resumed_there = False
         self._reconnects = 0
@@ -74,8 +74,7 @@ class SimSourceMover(SimMover):
         if predecessor_state is None:
             self.tell(ev.Started())
         elif predecessor_state in _PAGING:
-            if self.has_ram:
-                self._begin_copying(self.host.owed or frozenset())
+            self._begin_copying()
             self.tell(ev.Recovered(state_may_be_sent=True, paging=True))
         elif predecessor_state == SourceState.REVIVING:
             self.tell(ev.Recovered(state_may_be_sent=True, reviving=True))
@@ -83,8 +82,9 @@ class SimSourceMover(SimMover):
             self.tell(ev.Recovered(state_may_be_sent=predecessor_state in _MAY_BE_SENT))
 
     def taken(self, event: Event) -> None:
-        if isinstance(event, ev.PeerRunning) and self._owed_at_switchover:
-            self._begin_copying(self._owed_at_switchover)
+        lacks = isinstance(event, ev.Reconnected) and event.missing_pages > 0
+        if lacks or isinstance(event, ev.PeerRunning):
+            self._begin_copying()
 
     def update(self) -> Update:
         machine = self._source
@@ -289,6 +289,7 @@ class SimSourceMover(SimMover):
             if page not in self._owed:
                 self._owed.append(page)
             self._owed_at_switchover.add(page)
+            self.host.owed = frozenset(self._owed_at_switchover)
             self.send(Word.LAST_PAGES, self.vm.still_content, pages=(page,))
 
     def _push(self) -> None:
@@ -358,10 +359,11 @@ class SimSourceMover(SimMover):
 
     # --- the safe copy ---------------------------------------------------------------------------
 
-    def _begin_copying(self, owed: Set[int]) -> None:
+    def _begin_copying(self) -> None:
         """Beside everything else, from the page that is pushed last; a predecessor's pages stay."""
-        copy = self.world.safe_copy
-        if self.world.plan.options.safe_dir is None or self._copying is not None:
+        copy, owed = self.world.safe_copy, self._owed_at_switchover
+        wanted = self.world.plan.options.safe_dir is not None and bool(owed) and self.has_ram
+        if not wanted or self._copying is not None:
             return
         self._copying = []
         if copy.reachable:

@@ -39,9 +39,9 @@ class SafeCopying:
     def begin(self, ram: GuestRam, owed: Sequence[Runs]) -> None:
         """Write these pages down, in the background; what a predecessor has written is not written again.
 
-        Does nothing when it has begun already. `ram` must stay open until `close`.
+        Does nothing when it has begun already, or was removed. `ram` must stay open until `close`.
         """
-        if self._path is None or self._thread is not None:
+        if self._path is None or self._thread is not None or self._stop.is_set():
             return
         self._begun_s = time.monotonic()
         self._thread = threading.Thread(

@@ -111,8 +111,8 @@ class SourceDriver(Driver[SourceState]):
         self._predecessor_state = journal.last_state()
         ram_bytes = sum(block.size_bytes for block in job.ram_blocks)
         self._owed_file = OwedFile(journal.folder)
-        owing = self._owed_file.read() is not None
-        machine = SourceMachine(job.migration, ram_bytes, time.monotonic(), owing)
+        owed = self._owed_file.read()
+        machine = SourceMachine(job.migration, ram_bytes, time.monotonic(), owed is not None)
         super().__init__(job, machine, journal, register, control)
         self._source = machine
         self._paths = paths
@@ -147,7 +147,7 @@ class SourceDriver(Driver[SourceState]):
         self._missing: list[Runs] = []
         self._resumed_there = asyncio.Event()
         self._safe_copying = SafeCopying(safe_copy_path(job.migration), job.migration.id, self._log)
-        self._owed_at_switchover: list[Runs] = []
+        self._owed_at_switchover: list[Runs] = owed or []
         self._choice = PathChoice(_addresses_of(job.prepared), self._options.peer_silence_limit_s)
         self._address = self._choice.last_worked
 
@@ -185,8 +185,7 @@ class SourceDriver(Driver[SourceState]):
         if before is None:
             return ev.Started()
         if before in PAGING_STATES:
-            if self._ram is not None:
-                self._safe_copying.begin(self._ram, self._owed_file.read() or [])
+            self._copy_what_is_owed()
             return ev.Recovered(state_may_be_sent=True, paging=True)
         if before == SourceState.REVIVING.value:
             return ev.Recovered(state_may_be_sent=True, reviving=True)
@@ -225,8 +224,15 @@ class SourceDriver(Driver[SourceState]):
     def taken(self, event: Event) -> None:
         if isinstance(event, ev.PassEnded):
             self._progress.pass_ended(event.result, self._source.last_decision)
-        elif isinstance(event, ev.PeerRunning) and self._owed_at_switchover and self._ram is not None:
-            self._safe_copying.begin(self._ram, self._owed_at_switchover)  # not while the VM stands still
+        elif isinstance(event, ev.PeerRunning):
+            self._copy_what_is_owed()  # not while the VM stands still
+        elif isinstance(event, ev.Reconnected) and event.missing_pages:
+            self._copy_what_is_owed()  # the word that it runs may have been lost
+
+    def _copy_what_is_owed(self) -> None:
+        """Begin the safe copy, if there is to be one; it goes on by itself."""
+        if self._owed_at_switchover and self._ram is not None:
+            self._safe_copying.begin(self._ram, self._owed_at_switchover)
 
     def adjust(self, adjustment: Adjustment) -> AdjustReply:
         """Take other limits, now; or say why not, and change nothing."""
@@ -693,6 +699,7 @@ class SourceDriver(Driver[SourceState]):
             self._owed_at_switchover = [
                 page_runs.union(*pair) for pair in zip(self._owed_at_switchover, late, strict=True)
             ]
+            self._owed_file.write(self._owed_at_switchover)  # a successor's safe copy must hold them too
             self._send_owed(late)
             channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
         elif _count(late):
