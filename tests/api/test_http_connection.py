@@ -206,3 +206,25 @@ def test_reasons_survive_the_wire_and_strange_answers_are_lost_hosts() -> None:
         assert isinstance(from_problem(502, body, "the peer"), HostLost)
     unknown = from_problem(500, b'{"code": "of-a-later-release", "detail": "words"}', "the peer")
     assert type(unknown) is TranshumeError
+
+
+async def test_a_request_that_was_given_up_is_not_sent_on() -> None:
+    """A peer that comes round later must not carry out what nobody waits for any more."""
+    given_up = asyncio.Event()
+    came: asyncio.Queue[int] = asyncio.Queue()
+    body = b"x" * (32 << 20)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await given_up.wait()
+        size_bytes = 0
+        try:
+            while chunk := await reader.read(1 << 20):
+                size_bytes += len(chunk)
+        finally:
+            await came.put(size_bytes)
+
+    async with connection(handler) as made:
+        with pytest.raises(HostLost, match="no answer within"):
+            await made.request("POST", "/swap", body, 0.3)
+        given_up.set()
+        assert await asyncio.wait_for(came.get(), 20) < len(body)

@@ -75,7 +75,7 @@ class HttpConnection:
         """Close the connection. A later request opens it again."""
         opened, self._open = self._open, None
         if opened is not None:
-            opened.close()
+            await opened.close()
 
     async def _demand_open(self) -> _Open:
         if self._open is not None and self._open.ended():
@@ -163,8 +163,11 @@ class _Open:
         poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN)
         return bool(poll.poll(0))
 
-    def close(self) -> None:
-        self._writer.close()
+    async def close(self) -> None:
+        """Drop what was not sent yet: a request that was given up must not arrive later."""
+        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
 
 def _demand_announced(headers: dict[bytes, bytes], peer: str) -> None:

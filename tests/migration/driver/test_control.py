@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -80,7 +82,7 @@ async def test_who_comes_late_hears_the_latest_of_each_kind(server: ControlServe
     server.publish(update(Phase.PREPARED))
     server.publish(update(Phase.PRECOPY))
     async with daemon(path) as listener:
-        assert await listener.hears() == {"prepared": PREPARED.model_dump()}
+        assert await listener.hears() == {"prepared": PREPARED.model_dump(mode="json")}
         assert (await listener.hears())["update"]["phase"] == "precopy"
         server.publish(update(Phase.SUSPENDED))
         assert (await listener.hears())["update"]["phase"] == "suspended"
@@ -206,3 +208,41 @@ async def test_the_last_word_arrives_before_the_end(path: Path) -> None:
 
 async def test_only_root_may_connect(server: ControlServer, path: Path) -> None:
     assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_the_end_comes_to_all_listeners(path: Path) -> None:
+    control = ControlServer(path)
+    await control.open()
+    control.prepared(PREPARED)
+    async with daemon(path) as first, daemon(path) as second, daemon(path) as third:
+        for listener in (first, second, third):
+            await listener.hears()
+        await control.close()
+        for listener in (first, second, third):
+            await listener.hears_the_end()
+
+
+async def test_a_listener_that_does_not_read_holds_up_no_end(path: Path) -> None:
+    control = ControlServer(path)
+    await control.open()
+    control.prepared(PREPARED)
+    async with daemon(path) as deaf, daemon(path) as other:
+        await deaf.hears()
+        await other.hears()
+        for _ in range(20_000):
+            control.publish(update(Phase.PRECOPY))
+        hearing = asyncio.create_task(other.reader.read())
+        await asyncio.wait_for(control.close(), 20)
+        whole = await asyncio.wait_for(hearing, 20)
+        assert whole.count(b"\n") == 20_000
+        heard = await asyncio.wait_for(deaf.reader.read(), 20)
+        assert heard.count(b"\n") < 20_000, "what it did not take in time is dropped"
+
+
+async def test_a_path_that_cannot_be_listened_at_leaves_no_socket_open(short_dir: Path) -> None:
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always")
+        with pytest.raises(OSError, match="too long"):
+            await ControlServer(short_dir / ("x" * 200)).open()
+        gc.collect()
+    assert [str(warning.message) for warning in left_open] == []

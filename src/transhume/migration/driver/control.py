@@ -27,6 +27,7 @@ from transhume.model.orders import (
 )
 
 LINE_LIMIT_BYTES = 4 << 20
+CLOSE_LIMIT_S = 1.0
 
 
 class ControlServer:
@@ -42,12 +43,19 @@ class ControlServer:
         self._latest: dict[str, bytes] = {}
 
     async def open(self) -> None:
-        """Start to listen; a socket left by a dead predecessor is replaced."""
+        """Start to listen; a socket left by a dead predecessor is replaced.
+
+        Raises `OSError` when the path cannot be listened at; nothing is open then.
+        """
         self._path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(self._path))
-        self._path.chmod(0o600)
-        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=LINE_LIMIT_BYTES)
+        try:
+            listener.bind(str(self._path))
+            self._path.chmod(0o600)
+            self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=LINE_LIMIT_BYTES)
+        except BaseException:
+            listener.close()
+            raise
 
     def publish(self, update: MigrationUpdate) -> None:
         """Send an update to whoever listens now, and the latest one to whoever comes later."""
@@ -58,17 +66,20 @@ class ControlServer:
         self._send("prepared", prepared.model_dump(mode="json"))
 
     async def close(self) -> None:
-        """Stop to listen and end the connections, after what was sent has gone."""
+        """Stop to listen and end the connections, after what was sent has gone.
+
+        A daemon that does not read holds this up for `CLOSE_LIMIT_S`, and loses the rest.
+        """
         if self._server is not None:
             self._server.close()
-        for writer in self._writers:
+        # Each connection takes itself off the list when it ends.
+        for writer in list(self._writers):
             try:
-                async with asyncio.timeout(1.0):
-                    await writer.drain()
+                async with asyncio.timeout(CLOSE_LIMIT_S):
                     writer.close()
                     await writer.wait_closed()
             except (OSError, TimeoutError):
-                continue
+                writer.transport.abort()
         self._path.unlink(missing_ok=True)
 
     def _send(self, key: str, body: dict[str, Any]) -> None:
