@@ -79,6 +79,16 @@ async def test_a_host_that_was_removed_is_a_stranger() -> None:
             f.controller.members.link("beta")
 
 
+async def test_a_host_that_still_owes_pages_is_not_forgotten() -> None:
+    """It owns the VM no longer, and the VM lacks what only it has."""
+    async with farm() as f:
+        await f.running_vm("web", host="beta")
+        migration = await f.begun(await f.migrate("web", to="alpha"))
+        await f.commit(migration)
+        with pytest.raises(Conflict, match="has a part in the migration of web"):
+            await f.controller.members.remove("beta")
+
+
 async def test_a_record_that_cannot_be_read_is_named() -> None:
     async with farm() as f:
         await f.store.transact(puts={"vms/odd": b'{"spec": 5}'})

@@ -24,6 +24,7 @@ from transhume.farm.records import (
 from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, HostLost, NotFound, Unauthorized
 from transhume.model.host import Host, HostInventory
+from transhume.model.migration import Outcome
 from transhume.model.vm import VmState
 
 
@@ -149,7 +150,7 @@ class Members:
         return Joined(name=name, secret=record.secret, controller=self._own.name)
 
     async def remove(self, name: str) -> None:
-        """Forget a member. `Conflict` for the controller's own host and for one that owns VMs."""
+        """Forget a member. `Conflict` for the controller's own host, and for one that owns or moves VMs."""
         kept = await self._records.host(name)
         if kept is None:
             raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
@@ -162,6 +163,17 @@ class Members:
         ]
         if owned:
             raise Conflict(f"host {name} owns {', '.join(owned)}; move or delete them first")
+        moving = [
+            entry.record.vm
+            for entry in await self._records.migrations()
+            if entry.record.outcome is Outcome.RUNNING
+            and name in (entry.record.source, entry.record.destination)
+        ]
+        if moving:
+            # A source that owns the VM no longer may still hold pages that the VM lacks.
+            raise Conflict(
+                f"host {name} has a part in the migration of {', '.join(sorted(moving))}; wait for its end"
+            )
         await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key])
         for memory in (self._hosts, self._seen_at_s, self._inventories, self._vm_states):
             memory.pop(name, None)
