@@ -12,9 +12,17 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.e2e.boot_guest import PAGE_COUNT, assemble, make_disk, read_sweeps
+from tests.e2e.boot_guest import (
+    PAGE_COUNT,
+    assemble,
+    fill_still_pages,
+    make_disk,
+    read_still_pages,
+    read_sweeps,
+)
 from tests.e2e.farm import until
 
 from transhume.memory import runs as page_runs
@@ -24,7 +32,7 @@ from transhume.migration.driver.destination_driver import DestinationDriver
 from transhume.migration.driver.job import MoverJob, Role
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.source_driver import SourceDriver
-from transhume.model.migration import Engine, Migration, MigrationOptions, Outcome, Phase
+from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import MigrationUpdate, Prepared, SwapReply
 from transhume.model.vm import PAGE_BYTES, Accel, Disk, Ownership, VmSpec
 from transhume.vmm.capabilities import KVM_DEVICE, probe_qemu
@@ -38,6 +46,12 @@ pytestmark = pytest.mark.timeout(240)
 ROOT = "root"
 PLAIN_CPU = "qemu64"
 SLOW_BYTES_S = 256 << 10
+PAGING_ORDERS: dict[str, dict[str, Any]] = {
+    "post-copy": {"mode": Mode.POST_COPY, "bandwidth_bytes_s": SLOW_BYTES_S},
+    "hybrid": {"mode": Mode.HYBRID, "bandwidth_bytes_s": 4 * SLOW_BYTES_S, "max_downtime_ms": 1.0},
+    "on demand": {"mode": Mode.POST_COPY, "rest": Rest.ON_DEMAND, "deadline_s": 4.0},
+    "in the background": {"mode": Mode.POST_COPY, "rest": Rest.BACKGROUND},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -293,3 +307,46 @@ async def test_a_cancel_and_then_many_passes_under_kvm(hosts: Hosts) -> None:
     assert len(passes) >= 3
     assert all(each.dirty_pages_after >= PAGE_COUNT for each in passes)
     await hosts.assert_sound("beta", newest)
+
+
+async def test_no_page_is_lost_that_kvm_waits_for(hosts: Hosts) -> None:
+    """The vCPU itself stops at each page that has not come, inside the kernel, and goes on with what comes.
+
+    In each order, there and back: the next paging begins on the memory that the one before has filled.
+    """
+    await hosts.boot()
+    still = fill_still_pages(hosts.paths("alpha").directory)
+    newest = await hosts.assert_sound("alpha")
+    for number, (order, options) in enumerate(PAGING_ORDERS.items()):
+        there = "alpha" if number % 2 else "beta"
+        update = await hosts.move(there, **options)
+        assert update.outcome is Outcome.COMPLETED, f"{order}: {update.error}"
+        assert update.report is not None
+        paging = update.report.paging
+        assert paging is not None
+        assert paging.fetched_pages + paging.pushed_pages >= paging.owed_pages > 0, order
+        if options.get("rest") is Rest.BACKGROUND:
+            assert paging.fetched_pages == 0, "nothing is asked for"
+            assert paging.pushed_pages >= paging.owed_pages
+        elif options["mode"] is Mode.POST_COPY:
+            assert paging.owed_pages > PAGE_COUNT + still.page_count
+            assert paging.fetched_pages >= PAGE_COUNT, f"{order}: the vCPU fetched what it writes"
+            assert paging.pushed_pages >= still.page_count, f"{order}: nobody touches those"
+        newest = await hosts.assert_sound(there, newest)
+        assert read_still_pages(hosts.paths(there).directory, still.page_count) == still.content, order
+
+
+async def test_paging_under_kvm_is_verified_by_hash(hosts: Hosts) -> None:
+    """What the vCPU has not written since its first instruction is the same at both ends."""
+    await hosts.boot()
+    still = fill_still_pages(hosts.paths("alpha").directory)
+    newest = await hosts.assert_sound("alpha")
+    update = await hosts.move("beta", mode=Mode.POST_COPY, verify=True)
+    assert update.outcome is Outcome.COMPLETED, update.error
+    assert update.report is not None
+    paging = update.report.paging
+    assert paging is not None
+    assert paging.verified_pages >= still.page_count
+    assert paging.written_pages >= PAGE_COUNT
+    await hosts.assert_sound("beta", newest)
+    assert read_still_pages(hosts.paths("beta").directory, still.page_count) == still.content
