@@ -3,8 +3,8 @@
     .venv/bin/python docs/faults.py [build/faults.json]
 
 What stands between `<!-- matrix -->` and `<!-- end of matrix -->` is replaced: one row for each fault, one
-column for each order of transfer and phase. A cell says where the VM must run and, if that differs, where it
-did.
+column for each order of transfer and moment. A cell says where the VM ran afterwards and, if that differs,
+where it must run; where the fault has nothing to strike there is a dash.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.e2e.fault_strikes import FAULTS as KNOWN_FAULTS
+from tests.e2e.test_fault_matrix import CELLS, COLUMNS
+
 FAULTS = Path(__file__).with_name("FAULTS.md")
 RECORDS = FAULTS.parents[1] / "build" / "faults.json"
 
@@ -23,14 +28,18 @@ _MARKED = re.compile(r"(<!-- matrix -->\n).*?(<!-- end of matrix -->)", re.DOTAL
 
 
 def text_of(cells: Sequence[dict[str, Any]]) -> str:
-    """The table, faults and columns in the order in which they were tried."""
-    columns = list(dict.fromkeys((cell["mode"], cell["phase"]) for cell in cells))
-    faults = list(dict.fromkeys(cell["fault"] for cell in cells))
-    found = {(cell["fault"], cell["mode"], cell["phase"]): cell for cell in cells}
+    """The table, in the order of the test, with what was seen of it."""
+    found = {(cell["mode"], cell["moment"], cell["fault"]): cell for cell in cells}
+    known = {(mode.value, moment.value, fault) for mode, moment, fault in CELLS}
+    columns = [(mode.value, moment.value) for mode, moment in COLUMNS]
+
+    def shown(cell: tuple[str, str, str]) -> str:
+        return _shown(found.get(cell)) if cell in known else "-"
+
     lines = [
-        ["fault", *(f"{mode}, in {phase}" for mode, phase in columns)],
+        ["fault", *(f"{mode}, {moment}" for mode, moment in columns)],
         ["---"] * (len(columns) + 1),
-        *([fault, *(_shown(found.get((fault, *column))) for column in columns)] for fault in faults),
+        *([fault, *(shown((*column, fault)) for column in columns)] for fault in KNOWN_FAULTS),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -1,8 +1,8 @@
-"""Each fault in each phase that lasts, for each order of transfer: what must happen, and what did.
+"""Each fault at each moment, for each order of transfer: what must happen, and what did.
 
-`make test` takes a sample of the cells, `make faults` all of them; either writes what it saw to
-build/faults.json, from which docs/faults.py fills in the table of docs/FAULTS.md. The phases around the
-commit last milliseconds: those are the simulator's, and single tests with a held register.
+Three hosts: the VM moves from alpha to beta, and the controller is on gamma, so that it and either daemon die
+apart. `make test` takes a sample of the cells, `make faults` all of them; either writes what it saw to
+build/faults.json, from which docs/faults.py fills in the table of docs/FAULTS.md.
 """
 
 from __future__ import annotations
@@ -10,184 +10,148 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-from collections.abc import Awaitable, Callable
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.farm import Farm
+import pytest_asyncio
+from tests.e2e.boot_guest import read_sweeps
+from tests.e2e.farm import Farm, until
+from tests.e2e.fault_moments import CONTROLLER, DESTINATION, SOURCE, Moment, held
+from tests.e2e.fault_strikes import FAULTS, HERE, LOST, THERE, Scene
 
-from transhume.migration.driver.job import Role
-from transhume.model.migration import Migration, Mode, Outcome, Phase
-from transhume.model.orders import Adjustment
+from transhume.demo.guest.build import Guest
+from transhume.demo.lab import Lab
+from transhume.model.migration import Migration, Mode, Outcome
 
 pytestmark = pytest.mark.timeout(240)
 
-SLOW_BYTES_S = 128 << 10
-SILENCE_LIMIT_S = 2.0
-SHORT_S = 1.0
-LONG_S = 4.0
-"""Shorter and longer than the silence limit of these migrations."""
-
 RECORDS = Path("build/faults.json")
 
-SOURCE, DESTINATION, LOST = "source", "destination", "nowhere"
-EITHER = "source or destination"
-
-Strike = Callable[[Farm, str], Awaitable[None]]
-
-
-async def _kill_mover(farm: Farm, migration: str, host: str, role: Role) -> None:
-    os.kill(farm.mover_pid(migration, host, role), signal.SIGKILL)
-
-
-async def _source_mover(farm: Farm, migration: str) -> None:
-    await _kill_mover(farm, migration, "alpha", Role.SOURCE)
-
-
-async def _destination_mover(farm: Farm, migration: str) -> None:
-    await _kill_mover(farm, migration, "beta", Role.DESTINATION)
-
-
-async def _daemon(farm: Farm, host: str) -> None:
-    farm.kill_daemon(host)
-    await farm.daemon_gone(host)
-    await farm.start_daemon(host)
-
-
-async def _source_daemon(farm: Farm, migration: str) -> None:
-    await _daemon(farm, "alpha")
-
-
-async def _destination_daemon(farm: Farm, migration: str) -> None:
-    await _daemon(farm, "beta")
-
-
-async def _source_qemu(farm: Farm, migration: str) -> None:
-    os.kill(farm.qemu_pid("vm", "alpha"), signal.SIGKILL)
-
-
-async def _destination_qemu(farm: Farm, migration: str) -> None:
-    os.kill(farm.qemu_pid("vm", "beta"), signal.SIGKILL)
-
-
-async def _silent_register(farm: Farm, migration: str) -> None:
-    farm.kill_daemon("alpha", signal.SIGSTOP)
-    await asyncio.sleep(LONG_S)
-    farm.kill_daemon("alpha", signal.SIGCONT)
-
-
-async def _short_cut(farm: Farm, migration: str) -> None:
-    farm.lab.cut()
-    await asyncio.sleep(SHORT_S)
-    farm.lab.restore()
-
-
-async def _long_cut(farm: Farm, migration: str) -> None:
-    farm.lab.cut()
-    await asyncio.sleep(LONG_S)
-    farm.lab.restore()
-
-
-async def _half_open(farm: Farm, migration: str) -> None:
-    """The connection stands and nobody is behind it."""
-    mover = farm.mover_pid(migration, "beta", Role.DESTINATION)
-    os.kill(mover, signal.SIGSTOP)
-    await asyncio.sleep(LONG_S)
-    os.kill(mover, signal.SIGCONT)
-
-
-async def _slow_link(farm: Farm, migration: str) -> None:
-    farm.lab.shape(rate_bits_s=1_000_000)
-    await asyncio.sleep(LONG_S)
-    farm.lab.shape()
-
-
-FAULTS: dict[str, tuple[Strike, str, str]] = {
-    "source's mover killed": (_source_mover, SOURCE, DESTINATION),
-    "destination's mover killed": (_destination_mover, SOURCE, DESTINATION),
-    "source's daemon, with the controller, killed": (_source_daemon, DESTINATION, DESTINATION),
-    "destination's daemon killed": (_destination_daemon, DESTINATION, DESTINATION),
-    "register silent": (_silent_register, DESTINATION, DESTINATION),
-    "source's QEMU killed": (_source_qemu, LOST, DESTINATION),
-    "destination's QEMU killed": (_destination_qemu, SOURCE, LOST),
-    "link cut, shortly": (_short_cut, EITHER, DESTINATION),
-    "link cut, longer than the silence limit": (_long_cut, SOURCE, DESTINATION),
-    "half-open link": (_half_open, SOURCE, DESTINATION),
-    "link of 1 Mbit/s": (_slow_link, EITHER, DESTINATION),
-}
-"""What strikes, and where the VM must run then: struck in the pre-copy, and while pages are owed."""
-
-MODES: dict[str, dict[str, Any]] = {
-    "pre-copy": {"mode": Mode.PRE_COPY},
-    "post-copy": {"mode": Mode.POST_COPY},
-    "hybrid": {"mode": Mode.HYBRID},
-}
+COLUMNS = [
+    (Mode.PRE_COPY, Moment.PREPARED),
+    (Mode.PRE_COPY, Moment.PRECOPY),
+    (Mode.PRE_COPY, Moment.SUSPENDED),
+    (Mode.PRE_COPY, Moment.STATE_SENT),
+    (Mode.PRE_COPY, Moment.COMMIT_ASKED),
+    (Mode.PRE_COPY, Moment.COMMITTED),
+    (Mode.HYBRID, Moment.PRECOPY),
+    (Mode.HYBRID, Moment.PAGING),
+    (Mode.POST_COPY, Moment.COMMIT_ASKED),
+    (Mode.POST_COPY, Moment.COMMITTED),
+    (Mode.POST_COPY, Moment.PAGING),
+]
 CELLS = [
-    (mode, phase, fault)
-    for mode, phases in (
-        ("pre-copy", (Phase.PRECOPY,)),
-        ("hybrid", (Phase.PRECOPY, Phase.PAGING)),
-        ("post-copy", (Phase.PAGING,)),
-    )
-    for phase in phases
-    for fault in FAULTS
+    (mode, moment, fault)
+    for mode, moment in COLUMNS
+    for fault, known in FAULTS.items()
+    if moment in known.wanted
 ]
 SAMPLE = [
-    ("post-copy", Phase.PAGING, "destination's QEMU killed"),
-    ("hybrid", Phase.PRECOPY, "link cut, longer than the silence limit"),
-    ("post-copy", Phase.PAGING, "half-open link"),
+    (Mode.POST_COPY, Moment.PAGING, "destination's QEMU killed"),
+    (Mode.POST_COPY, Moment.PAGING, "half-open link: nothing comes back"),
+    (Mode.HYBRID, Moment.PAGING, "frame of pages damaged"),
+    (Mode.PRE_COPY, Moment.SUSPENDED, "controller killed"),
+    (Mode.POST_COPY, Moment.COMMIT_ASKED, "destination's mover killed"),
 ]
 CHOSEN = CELLS if os.environ.get("FAULTS") == "all" else SAMPLE
 
 
-@pytest.mark.parametrize(("mode", "phase", "fault"), CHOSEN)
-async def test_fault(farm: Farm, mode: str, phase: Phase, fault: str) -> None:
-    strike, in_precopy, in_paging = FAULTS[fault]
-    wanted = in_paging if phase is Phase.PAGING else in_precopy
-    await farm.boot("vm")
-    migration = await farm.begin(
-        "vm", "beta", bandwidth_bytes_s=SLOW_BYTES_S, peer_silence_limit_s=SILENCE_LIMIT_S, **MODES[mode]
-    )
-    if phase is Phase.PAGING and mode == "hybrid":
-        await farm.adjust(migration, Adjustment(switch_to_post_copy=True))
-    await farm.in_phase(migration, phase)
-    await strike(farm, migration)
-    await farm.hurry(migration)
-    record = await farm.ended(migration)
+@pytest.fixture(scope="module")
+def running_farm(guest: Guest) -> Iterator[Farm]:
+    """Three hosts, the controller on one that no VM touches."""
+    disks = Path(tempfile.mkdtemp(prefix="th-", dir="/tmp"))
+    disks.chmod(0o755)
+    try:
+        with Lab((CONTROLLER, SOURCE, DESTINATION)) as lab:
+            farm = Farm(lab, disks, guest)
+            asyncio.run(farm.form())
+            yield farm
+    finally:
+        shutil.rmtree(disks, ignore_errors=True)
+
+
+@pytest_asyncio.fixture
+async def farm(running_farm: Farm) -> AsyncIterator[Farm]:
+    """The farm, cleared before and after each test."""
+    await running_farm.clear()
+    yield running_farm
+    await running_farm.clear()
+
+
+@pytest.mark.parametrize(("mode", "moment", "fault"), CHOSEN)
+async def test_fault(farm: Farm, mode: Mode, moment: Moment, fault: str) -> None:
+    known = FAULTS[fault]
+    began_s = time.monotonic()
+    await farm.boot("vm", SOURCE)
+    async with AsyncExitStack() as stack:
+        scene = Scene(farm, moment, stack)
+        if known.set_up is not None:
+            await known.set_up(scene)
+        async with held(farm, mode, moment) as migration:
+            scene.migration = migration
+            await known.strike(scene)
+        await farm.hurry(migration)
+        record = await farm.ended(migration)
     where = await _judge(farm, record)
-    _write_down(mode, phase, fault, wanted, where, record)
+    wanted = known.wanted[moment]
+    _write_down(
+        {"mode": mode.value, "moment": moment.value, "fault": fault},
+        {"must": wanted, "did": where, "said": record.error, "took_s": round(time.monotonic() - began_s, 1)},
+    )
     assert where in wanted.split(" or "), record
 
 
 async def _judge(farm: Farm, record: Migration) -> str:
     """Where the VM runs: exactly there, whole, with nothing left elsewhere, and able to move again."""
     runs = farm.runs_on("vm")
-    if not runs:
+    if runs:
+        (host,) = runs
+        assert record.outcome is (Outcome.COMPLETED if host == DESTINATION else Outcome.FAILED), record
+        assert record.runs_at.endswith(f" host {host}") or f" host {host}," in record.runs_at, record
+        where = THERE if host == DESTINATION else HERE
+    else:
         assert record.runs_at.startswith("nowhere"), record.runs_at
         assert record.error
         assert record.outcome is Outcome.FAILED
-        owner = (await farm.vm("vm")).ownership.owner
-        async with farm.client() as client:
-            await client.start_vm("vm")
-        assert farm.runs_on("vm") == [owner]
-        return LOST
-    (host,) = runs
-    other = "beta" if host == "alpha" else "alpha"
-    assert record.outcome is (Outcome.COMPLETED if host == "beta" else Outcome.FAILED), record
+        host = (await farm.vm("vm")).ownership.owner
+        await _boot_again(farm, host)
+        where = LOST
+    assert record.outcome is Outcome.COMPLETED or record.error, record
+    other = SOURCE if host == DESTINATION else DESTINATION
     await farm.assert_sound("vm", host)
     await farm.assert_nothing_left("vm", other)
+    await until(lambda: _no_mover_is_left(farm, host), f"{host} has no mover's folder")
     again = await farm.migrate("vm", other, verify=True)
     assert again.outcome is Outcome.COMPLETED, again.error
     await farm.assert_sound("vm", other)
-    return DESTINATION if host == "beta" else SOURCE
+    await farm.assert_nothing_left("vm", host)
+    return where
 
 
-def _write_down(mode: str, phase: Phase, fault: str, wanted: str, where: str, record: Migration) -> None:
+async def _boot_again(farm: Farm, host: str) -> None:
+    async with farm.client() as client:
+        await client.start_vm("vm")
+    assert farm.runs_on("vm") == [host]
+
+    async def sweeps() -> bool:
+        return (await read_sweeps(farm.vm_dir("vm", host))).newest > 2
+
+    await until(sweeps, "the guest sweeps")
+
+
+async def _no_mover_is_left(farm: Farm, host: str) -> bool:
+    return not list((farm.lab[host].state_dir / "migrations").iterdir())
+
+
+def _write_down(cell: dict[str, str], seen: dict[str, Any]) -> None:
     RECORDS.parent.mkdir(exist_ok=True)
     known = json.loads(RECORDS.read_text()) if RECORDS.exists() else []
-    cell = {"mode": mode, "phase": phase.value, "fault": fault}
-    known = [entry for entry in known if {key: entry[key] for key in cell} != cell]
-    known.append({**cell, "must": wanted, "did": where, "said": record.error})
+    known = [entry for entry in known if {key: entry.get(key) for key in cell} != cell]
+    known.append({**cell, **seen})
     RECORDS.write_text(json.dumps(known, indent=1) + "\n")

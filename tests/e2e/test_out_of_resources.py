@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from tests.e2e.farm import Farm, until
+from tests.e2e.memory_group import limit_file, memory_group, used_bytes
 
 from transhume.demo.guest.build import Guest
 from transhume.demo.lab import Lab
@@ -34,8 +35,6 @@ GUEST_BYTES = 256 << 20
 FILLED_BYTES = 160 << 20
 ALLOWANCE_BYTES = 128 << 20
 """What a host may use for a VM with so much memory, beyond what its daemon had: too little."""
-
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @pytest.fixture(scope="module")
@@ -84,31 +83,6 @@ def full(farm: Farm, host: str) -> Iterator[None]:
         yield
     finally:
         filler.unlink(missing_ok=True)
-
-
-@contextmanager
-def memory_group(name: str) -> Iterator[Path]:
-    """A control group for memory, of either version. Skips, with the reason, where none can be made."""
-    folder = (CGROUPS / "memory" if (CGROUPS / "memory").is_dir() else CGROUPS) / name
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control group can be made at {folder}: {error.strerror}")
-    try:
-        if not limit_file(folder).exists():
-            pytest.skip(f"control groups at {CGROUPS} have no memory controller")
-        yield folder
-    finally:
-        folder.rmdir()
-
-
-def limit_file(group: Path) -> Path:
-    return group / ("memory.limit_in_bytes" if (CGROUPS / "memory").is_dir() else "memory.max")
-
-
-def used_bytes(group: Path) -> int:
-    names = ("memory.usage_in_bytes", "memory.current")
-    return next(int((group / name).read_text()) for name in names if (group / name).exists())
 
 
 @asynccontextmanager
