@@ -6,7 +6,7 @@ import pytest
 from tests.farm.scripted_farm import farm
 
 from transhume.farm.records import host_key
-from transhume.model.errors import HostLost, NotFound, StoreError, Unauthorized
+from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, Unauthorized
 from transhume.model.vm import VmState
 
 
