@@ -11,7 +11,7 @@ help:
 	@echo "make check              set up, then lint, check the formatting and the types"
 	@echo "make bench [ONLY=...]   set up, then measure both engines (ONLY: one group of figures)"
 	@echo "make faults             set up, then try each fault in each phase and order of transfer"
-	@echo "make simulate [ARGS=..] set up, then run the simulated farm from many seeds"
+	@echo "make simulate [ARGS=..] set up, then run the simulated farm from 100,000 seeds (ARGS='--seeds 1000': fewer)"
 	@echo "make setup              install what is missing, and .venv/bin/transhume"
 
 setup:
@@ -32,7 +32,7 @@ bench: setup
 	$(PYTHON) -m transhume.bench $(if $(ONLY),--only $(ONLY))
 
 simulate: setup
-	$(PYTHON) -m transhume.sim $(ARGS)
+	$(PYTHON) -m transhume.sim --seeds 100000 $(ARGS)
 
 faults: setup
 	FAULTS=all $(PYTHON) -m pytest tests/e2e/test_fault_matrix.py $(ARGS)

@@ -8,7 +8,7 @@ import pytest
 from tests.farm.scripted_farm import Farm, farm
 
 from transhume.host.shared_folder import probe
-from transhume.model.errors import Conflict, PreflightFailed
+from transhume.model.errors import Conflict, PagesLost, PreflightFailed
 from transhume.model.migration import (
     Migration,
     MigrationOptions,
@@ -161,6 +161,19 @@ async def test_a_record_that_ended_while_its_vm_was_taken_back_says_so_later() -
         await f.report(record, "alpha", Phase.ABORTED, runs_at="source host alpha", **FAILED)
         ended = await f.controller.migrations.get(record.id)
         assert (ended.outcome, ended.runs_at) == (Outcome.FAILED, "source host alpha")
+
+
+async def test_pages_that_were_not_lost_after_all_may_differ() -> None:
+    async with farm() as f:
+        record = await paging(f)
+        there = "destination host beta"
+        lost = {"outcome": Outcome.FAILED, "error_code": PagesLost.code, "error": "lost", "runs_at": there}
+        await f.report(record, "alpha", Phase.DONE, **lost)
+        whole = MigrationReport(paging=PagingReport(owed_pages=9, complete=True))
+        differs = {**lost, "error_code": "memory-differs", "error": "page 7 differs"}
+        await f.report(record, "beta", Phase.DONE, report=whole, **differs)
+        ended = await f.controller.migrations.get(record.id)
+        assert (ended.outcome, ended.error_code) == (Outcome.FAILED, "memory-differs")
 
 
 async def test_a_safe_copy_needs_a_folder_that_both_hosts_share() -> None:

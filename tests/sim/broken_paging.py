@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from tests.sim.broken import D, FreeDestination, FreeSource, S, changed
@@ -201,6 +202,12 @@ class TakesTheSafeCopyAway(SimSourceMover):
         super()._retire()
 
 
+class SaysNothingOfPagesInItsLastWord(SimDestinationMover):
+    def update(self) -> Update:
+        said = super().update()
+        return replace(said, lacks_nothing=False, paged=False) if self.machine.finished else said
+
+
 class LeavesTheSafeCopy(SimDestinationMover):
     def _paged(self) -> None:
         files = self.world.safe_copy
@@ -324,6 +331,7 @@ BROKEN_PAGING |= {
         SuccessorForgetsWhatWasPlaced,
         LetsTheVmReadZeros,
         LeavesTheSafeCopy,
+        SaysNothingOfPagesInItsLastWord,
     )
 }
 BROKEN_PAGING |= {

@@ -90,9 +90,10 @@ class Endings:
     async def add_late_report(self, update: MigrationUpdate) -> None:
         """Join what the other end says into a record that has ended.
 
-        Its report is added; and that the VM was lost after all, when nobody had heard of it before, or that
-        it was not, when the destination found in a safe copy what its source had lost; or that it was taken
-        back from the destination while the controller, which had heard nothing, ended the record.
+        Its report is added; and that the VM was lost after all, when nobody had heard of it before; or that
+        no page of it was, when the destination had found elsewhere what its source had lost (what it says of
+        the end is true then, also that the memory differs); or that it was taken back from the destination
+        while the controller, which had heard nothing, ended the record.
         """
         while True:
             kept = await self._records.migration(update.migration)
@@ -110,11 +111,11 @@ class Endings:
                     "error": claim.error,
                     "runs_at": claim.runs_at,
                 }
-            if kept.record.error_code == PagesLost.code and _found_elsewhere(claim):
+            if kept.record.error_code == PagesLost.code and _found_elsewhere(kept.record, claim):
                 changes |= {
-                    "outcome": Outcome.COMPLETED,
-                    "error_code": "",
-                    "error": "",
+                    "outcome": claim.outcome,
+                    "error_code": claim.error_code,
+                    "error": claim.error,
                     "runs_at": claim.runs_at,
                 }
             record = kept.record.model_copy(update=changes)
@@ -206,11 +207,13 @@ def _lost_after_commit(claim: Claim) -> bool:
     return claim.outcome is Outcome.FAILED and update is not None and update.phase is Phase.DONE
 
 
-def _found_elsewhere(claim: Claim) -> bool:
-    """Whether the destination says that it lacks nothing, whatever its source believed."""
-    report = None if claim.update is None else claim.update.report
-    paging = None if report is None else report.paging
-    return claim.outcome is Outcome.COMPLETED and paging is not None and paging.complete
+def _found_elsewhere(record: Migration, claim: Claim) -> bool:
+    """Whether the destination has ended and says that it lacks nothing, whatever its source believed."""
+    update = claim.update
+    if update is None or update.host != record.destination or claim.outcome is Outcome.RUNNING:
+        return False
+    paging = None if update.report is None else update.report.paging
+    return paging is not None and paging.complete
 
 
 def _freed(vm: VmRecord) -> VmRecord:

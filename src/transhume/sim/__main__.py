@@ -11,6 +11,8 @@ from transhume.sim.farm import Parts, SeedResult, SimFarm
 from transhume.sim.mover import RuleTaken
 
 MAX_SHOWN = 5
+TELL_EACH_SEEDS = 10_000
+"""How often a long run says that it goes on."""
 
 
 def main(arguments: list[str] | None = None, parts: Parts | None = None) -> int:
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None, parts: Parts | None = None) -> int:
         simulated_s += result.simulated_s
         if result.violation:
             broken.append(result)
+        played = seed + 1 - options.first
+        if played % TELL_EACH_SEEDS == 0 and played < options.seeds:
+            _print(f"{played} of {options.seeds} seeds, {len(broken)} went wrong")
         if options.transcript or (result.violation and len(broken) <= MAX_SHOWN):
             _tell(seed, parts)
     took_s = time.perf_counter() - began_s
@@ -56,6 +61,7 @@ def _tell(seed: int, parts: Parts | None) -> None:
 
 def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

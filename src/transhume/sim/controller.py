@@ -174,13 +174,14 @@ class SimController:
                 error=update.error,
                 runs_at=update.runs_at,
             )
-        if (
-            record.error_code == PagesLost.code
-            and update.outcome is Outcome.COMPLETED
-            and update.lacks_nothing
-        ):
+        by_destination = update.side is Side.DESTINATION and update.outcome is not Outcome.RUNNING
+        if record.error_code == PagesLost.code and by_destination and update.lacks_nothing:
             record = replace(
-                record, outcome=Outcome.COMPLETED, error_code="", error="", runs_at=update.runs_at
+                record,
+                outcome=update.outcome,
+                error_code=update.error_code,
+                error=update.error,
+                runs_at=update.runs_at,
             )
         self._keep(record)
 
