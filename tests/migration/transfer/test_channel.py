@@ -147,6 +147,22 @@ def test_a_peer_that_is_silent() -> None:
         source.receive_header()
 
 
+def test_what_has_come_of_a_large_buffer_is_a_sign_of_life() -> None:
+    """On a slow link a megabyte takes longer than anybody may be silent."""
+    buffer = bytearray(1 << 20)
+    with connected() as (source, destination), source.frame():
+        receiver = threading.Thread(target=destination.receive_into, args=(memoryview(buffer),))
+        receiver.start()
+        source.write(bytes(200 << 10))
+        deadline_s = time.monotonic() + 10
+        while destination.received_bytes < 128 << 10:
+            assert time.monotonic() < deadline_s, "nothing was heard before all had come"
+            time.sleep(0.01)
+        source.write(bytes((1 << 20) - (200 << 10)))
+        receiver.join(20)
+        assert destination.received_bytes == 1 << 20
+
+
 def test_a_peer_that_takes_nothing() -> None:
     with connected(silence_limit_s=0.1, buffer_bytes=4096) as (source, _):
         with pytest.raises(HostLost, match="host b"):
