@@ -69,7 +69,8 @@ async def held(farm: Farm, mode: Mode, moment: Moment) -> AsyncIterator[str]:
             stack.callback(restore_wire, farm)
             cut_wire(farm)
         if moment is Moment.SUSPENDED:
-            options["iterations"] = 1  # so that what the guest wrote during the pass is left
+            # What the guest wrote during the pass is left, and the source waits until all has arrived.
+            options |= {"iterations": 1, "verify": True}
         if moment in (Moment.PREPARED, Moment.PRECOPY, Moment.SUSPENDED, Moment.PAGING):
             migration = await farm.begin("vm", DESTINATION, **options)
         if moment is Moment.PREPARED:

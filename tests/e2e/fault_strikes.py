@@ -238,15 +238,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "link of 1 Mbit/s": Fault(_slow_link, _wanted(None, EITHER, EITHER, *_UNDECIDED, *_AFTER)),
     "frame of pages damaged": Fault(
-        _damage_pages, _wanted(None, HERE, HERE, None, None, None, THERE), _set_relay_up
+        _damage_pages, _wanted(None, HERE, None, None, None, None, THERE), _set_relay_up
     ),
     "frame of words damaged": Fault(
         _damage_words, _wanted(None, HERE, HERE, *_UNDECIDED, *_AFTER), _set_relay_up
     ),
     "destination's memory gone, killed for it": Fault(
-        _take_memory, _wanted(HERE, HERE, HERE, EITHER, EITHER, LOST_OR_THERE, LOST_OR_THERE)
+        _take_memory, _wanted(None, HERE, EITHER, EITHER, EITHER, LOST_OR_THERE, LOST_OR_THERE)
     ),
     "destination's memory gone for a while": Fault(
-        _refuse_memory, _wanted(EITHER, HERE, HERE, EITHER, EITHER, THERE, THERE)
+        _refuse_memory, _wanted(None, HERE, EITHER, EITHER, EITHER, THERE, THERE)
     ),
 }

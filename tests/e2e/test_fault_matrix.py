@@ -40,10 +40,8 @@ COLUMNS = [
     (Mode.PRE_COPY, Moment.STATE_SENT),
     (Mode.PRE_COPY, Moment.COMMIT_ASKED),
     (Mode.PRE_COPY, Moment.COMMITTED),
-    (Mode.HYBRID, Moment.PRECOPY),
     (Mode.HYBRID, Moment.PAGING),
     (Mode.POST_COPY, Moment.COMMIT_ASKED),
-    (Mode.POST_COPY, Moment.COMMITTED),
     (Mode.POST_COPY, Moment.PAGING),
 ]
 CELLS = [
@@ -78,10 +76,15 @@ def running_farm(guest: Guest) -> Iterator[Farm]:
 
 @pytest_asyncio.fixture
 async def farm(running_farm: Farm) -> AsyncIterator[Farm]:
-    """The farm, cleared before and after each test."""
+    """The farm, cleared before and after each test; what one cell left over is not the next one's fault."""
     await running_farm.clear()
     yield running_farm
-    await running_farm.clear()
+    try:
+        await running_farm.clear()
+    except AssertionError:
+        for host in running_farm.lab.hosts:
+            shutil.rmtree(host.vm_dir("vm"), ignore_errors=True)
+        raise
 
 
 @pytest.mark.parametrize(("mode", "moment", "fault"), CHOSEN)
