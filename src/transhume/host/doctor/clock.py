@@ -46,11 +46,8 @@ def synchronized() -> bool | None:
 
 
 def offset(asked_at_s: float, answered_at_s: float, controller_s: float) -> tuple[float, float]:
-    """How far this clock is ahead, and how wrong that can be: the answer was made at some moment in
-    between.""" return (asked_at_s + answered_at_s) / 2 - controller_s,
-    (answered_at_s - asked_at_s)
-    /
-    2
+    """How far this clock is ahead, and how wrong that can be: the answer came from some moment in between."""
+    return (asked_at_s + answered_at_s) / 2 - controller_s, (answered_at_s - asked_at_s) / 2
 
 
 def judge(facts: ClockFacts) -> list[Finding]:

@@ -117,22 +117,11 @@ def judge(facts: MemoryFacts) -> list[Finding]:
 def _judge_limits(facts: MemoryFacts) -> list[Finding]:
     findings = []
     if facts.cgroup_limit_bytes is not None and facts.cgroup_limit_bytes < facts.total_bytes:
+        limit = f"{facts.cgroup_limit_bytes >> 20} of {facts.total_bytes >> 20} MiB"
         findings.append(
             warning(
                 "cgroup",
-                f"this process's cgroup may use {facts.cgroup_limit_bytes >> 20} of {facts.total_bytes "
-                f""
-                f""
-                f""
-                f""
-                f""
-                f">> 20} MiB, "
-                f""
-                f""
-                f""
-                f""
-                f""
-                "and the daemon and its VMs would inherit that",
+                f"this process's cgroup may use {limit}, and the daemon and its VMs would inherit that",
                 "start the daemon outside of that cgroup, or raise its limit (MemoryMax=)",
             )
         )
