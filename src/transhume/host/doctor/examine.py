@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from transhume.host.doctor import clock, cpu, kernel, kvm, memory, network, qemu, services, storage
+from transhume.host.doctor import cpu, kernel, kvm, memory, network, qemu, services, storage
 from transhume.host.doctor.subject import Subject
-from transhume.host.inventory import measure_cpus
-from transhume.model.errors import Refused
+from transhume.host.inventory import Inventory
 from transhume.model.finding import Finding, Level
-from transhume.vmm.capabilities import cpu_vendor
+from transhume.model.host import HostInventory
 
 Progress = Callable[[str], None]
 """Told what is being looked at, before each part."""
 
 
-async def examine(subject: Subject, progress: Progress = lambda _: None) -> list[Finding]:
+@dataclass(frozen=True)
+class Examined:
+    """The findings, and the inventory that this server would report as a host: None when QEMU cannot be
+    asked."""
+
+    findings: list[Finding]
+    inventory: HostInventory | None = None
+
+
+async def examine(subject: Subject, progress: Progress = lambda _: None) -> Examined:
     """All that can be found out on this server alone, and on the way to the controller if one is named.
 
     Takes about a second, and up to `kvm_trial.TRIAL_LIMIT_S` longer where guests hang under KVM. Changes
@@ -25,15 +34,18 @@ async def examine(subject: Subject, progress: Progress = lambda _: None) -> list
     progress("kernel")
     findings = kernel.judge(kernel.gather())
     if any(finding.level is Level.ERROR for finding in findings):
-        return findings  # without root, or elsewhere than on x86-64, the rest would be wrong
+        return Examined(findings)  # without root, or elsewhere than on x86-64, the rest would be wrong
     progress("QEMU")
     state = await qemu.gather(subject.vm_user)
     findings += qemu.judge(state)
-    if state.version:
-        findings += await _judge_cpu(subject, progress)
-    progress("clock, memory, storage and network")
-    if subject.controller is None:
-        findings += clock.judge(clock.ClockFacts(clock.synchronized()))
+    inventory = None
+    if state.sound:
+        progress("CPU models")
+        inventory = (await Inventory.measure(subject.vm_user)).now()
+        findings += cpu.judge(inventory.cpus_of, inventory.cpu_vendor)
+        progress("KVM: running a guest")
+        findings += kvm.judge(await kvm.gather(subject.vm_user, try_anyway=subject.try_kvm))
+    progress("memory, storage and network")
     findings += memory.judge(memory.gather())
     findings += storage.judge(await storage.gather(subject.state_dir, subject.vm_user))
     ports = network.gather_ports(subject.address, subject.port)
@@ -43,14 +55,4 @@ async def examine(subject: Subject, progress: Progress = lambda _: None) -> list
     if subject.controller is not None:
         progress("the way to the controller")
         findings += network.judge_way(await asyncio.to_thread(network.gather_way, subject.controller))
-    return findings
-
-
-async def _judge_cpu(subject: Subject, progress: Progress) -> list[Finding]:
-    progress("CPU models")
-    try:
-        found = cpu.judge(await measure_cpus(subject.vm_user), cpu_vendor())
-    except Refused:
-        return []  # there is no such user, which another check has told
-    progress("KVM: running a guest")
-    return found + kvm.judge(await kvm.gather(subject.vm_user, try_anyway=subject.try_kvm))
+    return Examined(findings, inventory)

@@ -27,6 +27,11 @@ class QemuState:
     user_failure: str = ""
     sandbox_failure: str = ""
 
+    @property
+    def sound(self) -> bool:
+        """Whether it is worth while to ask QEMU more."""
+        return bool(self.version) and self.has_q35 and not self.user_failure
+
 
 async def gather(vm_user: str, binary: str = DEFAULT_BINARY) -> QemuState:
     """Start QEMU without a machine, once as it is and once as VMs have it."""
