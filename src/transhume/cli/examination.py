@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,8 +79,7 @@ async def _examine(subject: Subject, candidate: Candidate | None) -> list[Findin
     with Console(stderr=True).status("examining this server", spinner="line") as status:
 
         def progress(part: str) -> None:
-            if sys.stderr.isatty():
-                status.update(f"examining this server: {part}")
+            status.update(f"examining this server: {part}")
 
         examined = await examine(subject, progress)
         if candidate is None or subject.controller is None:

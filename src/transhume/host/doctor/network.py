@@ -15,6 +15,9 @@ from pathlib import Path
 from transhume.model.finding import Finding, error, note, ok, warning
 
 SMALLEST_MTU = 1280
+LARGEST_PACKET_BYTES = 65535
+"""Of IP; the loopback's MTU is larger by one."""
+
 FEW_PORTS = 2000
 PROBE_BYTES = 32 << 10
 PROBE_LIMIT_S = 2.0
@@ -113,6 +116,7 @@ def gather_way(target: tuple[str, int]) -> WayFacts:
         return WayFacts(name, refusal=failure.strerror or str(failure))
     with connection:
         interface, mtu = _interface_of(connection.getsockname()[0])
+        mtu = min(mtu, LARGEST_PACKET_BYTES)
         passed = _large_pass(connection)
         level, option = (
             (socket.IPPROTO_IPV6, _IPV6_MTU)
