@@ -23,6 +23,7 @@ pytestmark = [
 async def folder() -> AsyncIterator[Path]:
     """A folder for state folders; every daemon that was set up in it is stopped at the end."""
     made = Path(tempfile.mkdtemp(prefix="th-", dir="/tmp"))
+    made.chmod(0o711)  # QEMU's user must get to its VMs' folders
     yield made
     for state_dir in made.iterdir():
         if (state_dir / "host.json").exists():
@@ -47,6 +48,7 @@ async def test_two_hosts_are_set_up_started_stopped_and_started_again(folder: Pa
     hosts = await transhume(beta, "hosts", "--json")
     assert [(host["name"], host["silent"]) for host in hosts.json] == [("alpha", False), ("beta", False)]
     down = await transhume(alpha, "down")
+    assert down.code == 0, down
     assert down.out == "the daemon of host alpha has stopped; its VMs go on\n"
     lost = await transhume(beta, "hosts")
     assert lost.code == 5
