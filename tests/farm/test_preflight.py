@@ -153,12 +153,13 @@ def test_cpu_flags_that_are_missing_are_all_named() -> None:
 def test_a_named_model_that_runs_there_needs_no_other_flags() -> None:
     spec = SPEC.model_copy(update={"accel": Accel.KVM, "cpu_model": "Haswell-v4"})
     told = {"kvm": GuestCpus(models={"Haswell-v4": ModelRank(3, 60)})}
-    asked = {"spec": spec, "required_cpu_flags": ("avx512f",)}
-    assert at_destination(destination=host("beta", cpus_of=told), **asked) == ()
-    [reason] = at_destination(destination=host("beta", cpus_of={"kvm": GuestCpus()}), **asked)
+    whole, other = host("beta", cpus_of=told), host("beta", cpus_of={"kvm": GuestCpus()})
+    flags = ("avx512f",)
+    assert at_destination(destination=whole, spec=spec, required_cpu_flags=flags) == ()
+    [reason] = at_destination(destination=other, spec=spec, required_cpu_flags=flags)
     assert "lacks: avx512f" in reason
-    unsaid = {"spec": spec.model_copy(update={"cpu_model": "host"}), "required_cpu_flags": ("avx512f",)}
-    assert len(at_destination(destination=host("beta", cpus_of=told), **unsaid)) == 1
+    unnamed = spec.model_copy(update={"cpu_model": "host"})
+    assert len(at_destination(destination=whole, spec=unnamed, required_cpu_flags=flags)) == 1
 
 
 def test_disks_and_files_that_cannot_be_reached() -> None:
