@@ -8,6 +8,7 @@ import pytest
 
 from transhume.farm.members import HostStatus
 from transhume.farm.preflight import VMM_OVERHEAD_BYTES, destination_reasons, source_reasons
+from transhume.model.host import GuestCpus, ModelRank
 from transhume.model.migration import Engine, MigrationOptions
 from transhume.model.orders import DestinationFacts, SourceFacts
 from transhume.model.vm import Accel, Disk, Ownership, Vm, VmSpec, VmState
@@ -147,6 +148,18 @@ def test_kvm_that_is_not_there() -> None:
 def test_cpu_flags_that_are_missing_are_all_named() -> None:
     [reason] = at_destination(required_cpu_flags=("avx512f", "sse4_2", "amx_tile"))
     assert "lacks: amx_tile, avx512f;" in reason
+
+
+def test_a_named_model_that_runs_there_needs_no_other_flags() -> None:
+    spec = SPEC.model_copy(update={"accel": Accel.KVM, "cpu_model": "Haswell-v4"})
+    told = {"kvm": GuestCpus(models={"Haswell-v4": ModelRank(3, 60)})}
+    whole, other = host("beta", cpus_of=told), host("beta", cpus_of={"kvm": GuestCpus()})
+    flags = ("avx512f",)
+    assert at_destination(destination=whole, spec=spec, required_cpu_flags=flags) == ()
+    [reason] = at_destination(destination=other, spec=spec, required_cpu_flags=flags)
+    assert "lacks: avx512f" in reason
+    unnamed = spec.model_copy(update={"cpu_model": "host"})
+    assert len(at_destination(destination=whole, spec=unnamed, required_cpu_flags=flags)) == 1
 
 
 def test_disks_and_files_that_cannot_be_reached() -> None:

@@ -11,11 +11,14 @@ from transhume.api.http_calls import HttpCalls, part
 from transhume.api.http_connection import authority
 from transhume.api.http_stream import open_answer
 from transhume.api.problem import from_problem
-from transhume.api.schemas import LogText, Pong
+from transhume.api.schemas import ClockAnswer, JoinPreview, LogText, Pong
+from transhume.farm.baseline import FarmBaseline
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.farm.revival import Revival
 from transhume.model.errors import HostLost, PeerProtocolError
+from transhume.model.finding import Finding
+from transhume.model.host import HostInventory
 from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome
 from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm, VmSpec
@@ -64,6 +67,18 @@ class FarmClient:
     async def join(self, token: str, name: str, address: str, port: int) -> Joined:
         body = {"token": token, "name": name, "address": address, "port": port}
         return await self._calls.ask("POST", "/v1/join", Joined, body)
+
+    async def clock_s(self) -> float:
+        """The controller's clock. Needs no secret."""
+        return (await self._calls.ask("GET", "/v1/clock", ClockAnswer, timeout_s=5.0)).now_s
+
+    async def preview_join(self, token: str, name: str, inventory: HostInventory) -> tuple[Finding, ...]:
+        """What it would change if a server with `inventory` joined; the token stays good."""
+        body = {"token": token, "name": name, "inventory": inventory.model_dump(mode="json")}
+        return (await self._calls.ask("POST", "/v1/join/preview", JoinPreview, body)).findings
+
+    async def baseline(self) -> FarmBaseline:
+        return await self._calls.ask("GET", "/v1/baseline", FarmBaseline)
 
     async def remove_host(self, name: str) -> None:
         await self._calls.send("DELETE", f"/v1/hosts/{part(name)}")

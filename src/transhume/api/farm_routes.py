@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
+from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
 from transhume.api.controller_routes import Caller
 from transhume.api.schemas import (
@@ -44,6 +45,7 @@ def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
     _add_vm_io_routes(router, controller)
     _add_migration_routes(router, controller)
     _add_revival_routes(router, controller)
+    add_baseline_routes(router, controller)
     return router
 
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from transhume.model.finding import Finding
 from transhume.model.host import HostInventory
 from transhume.model.migration import MigrationOptions
 from transhume.model.vm import NAME_PATTERN, Ownership, VmSpec, VmState
@@ -29,6 +30,28 @@ class JoinRequest(Body):
     name: Name
     address: str = Field(min_length=1, max_length=253, pattern=r"^[0-9A-Za-z.:\-]+$")
     port: int = Field(ge=1, le=65535)
+
+
+class JoinPreviewRequest(Body):
+    """A server asks what its joining would change. The token is looked at and stays good."""
+
+    token: str = Field(max_length=200)
+    name: Name
+    inventory: HostInventory
+
+
+class JoinPreview(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    findings: tuple[Finding, ...]
+
+
+class ClockAnswer(BaseModel):
+    """The controller's clock, in seconds since 1970."""
+
+    model_config = ConfigDict(frozen=True)
+
+    now_s: float
 
 
 class InviteRequest(Body):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from transhume import __version__
-from transhume.cli import farm_commands, migrate_commands, vm_commands
+from transhume.cli import doctor_commands, farm_commands, migrate_commands, vm_commands
 from transhume.cli.session import JsonFlag, Session, say, say_json, session
 from transhume.host.config import DEFAULT_STATE_DIR
 
@@ -35,6 +35,8 @@ def options(
 
 app.command("up")(farm_commands.up)
 app.command("join")(farm_commands.join)
+app.command("doctor")(doctor_commands.doctor)
+app.command("baseline")(doctor_commands.baseline)
 app.command("down")(farm_commands.down)
 app.command("token")(farm_commands.token)
 app.command("hosts")(farm_commands.hosts)

@@ -158,6 +158,11 @@ def stop(config: HostConfig) -> bool:
     return True
 
 
+def own_name() -> str:
+    """This machine's host name as far as it can be a host's name in the farm; perhaps empty."""
+    return re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")
+
+
 def own_address(towards: str, port: int) -> str:
     """The address of this machine that a peer at `towards` sees. Nothing is sent."""
     try:

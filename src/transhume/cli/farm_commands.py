@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shlex
-import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +16,13 @@ from pydantic import ValidationError
 from transhume.api.client import FarmClient
 from transhume.api.http_connection import authority
 from transhume.cli import daemon_process
+from transhume.cli.examination import Candidate, demand_fit, examine_alone, examine_towards
 from transhume.cli.session import JsonFlag, Session, demand_root, say, say_json, session, words_of
 from transhume.cli.tables import hosts_table, show
 from transhume.farm.members import Invitation
 from transhume.host.config import DEFAULT_PORT, DEFAULT_VM_USER, HostConfig
-from transhume.model.errors import Conflict, Refused, TranshumeError
+from transhume.host.doctor.subject import Subject
+from transhume.model.errors import Conflict, NotFound, Refused, TranshumeError, Unauthorized
 
 NameOption = Annotated[str | None, typer.Option("--name", help="This host's name; default: its host name.")]
 AddressOption = Annotated[
@@ -36,6 +37,9 @@ AlsoOption = Annotated[
 ]
 PortOption = Annotated[int, typer.Option("--port", help="Where its daemon listens.", min=1, max=65535)]
 UserOption = Annotated[str, typer.Option("--vm-user", help="The unprivileged user that VMs run as.")]
+DespiteFlag = Annotated[
+    bool, typer.Option("--despite-findings", help="Go on although `transhume doctor` finds errors.")
+]
 ForegroundFlag = Annotated[bool, typer.Option("--foreground", help="Do not detach; for service managers.")]
 
 
@@ -47,6 +51,7 @@ def up(
     port: PortOption = DEFAULT_PORT,
     vm_user: UserOption = DEFAULT_VM_USER,
     foreground: ForegroundFlag = False,
+    despite_findings: DespiteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make this server a host: start its daemon. The first host of a farm carries the controller."""
@@ -57,6 +62,7 @@ def up(
     folder_was_made = not current.state_dir.exists()
     config = known or _new_config(current.state_dir, name, address, port, vm_user, also_address)
     if known is None:
+        demand_fit(examine_alone(_subject(config, None)), despite_findings, "be a host")
         daemon_process.write_config(config)
     if foreground:
         os.execv(daemon_process.command(config.state_dir)[0], daemon_process.command(config.state_dir))
@@ -85,6 +91,7 @@ def join(
     also_address: AlsoOption = None,
     port: PortOption = DEFAULT_PORT,
     vm_user: UserOption = DEFAULT_VM_USER,
+    despite_findings: DespiteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make this server a host of the farm whose controller is at ADDRESS."""
@@ -100,11 +107,33 @@ def join(
     folder_was_made = not current.state_dir.exists()
     own = address or daemon_process.own_address(*target)
     draft = _new_config(current.state_dir, name, own, port, vm_user, also_address)
+    asyncio.run(_demand_controller(target))
+    candidate = Candidate(draft.name, token)
+    demand_fit(examine_towards(_subject(draft, target), candidate), despite_findings, "join the farm")
     asyncio.run(_enter(draft, target, token, folder_was_made))
     if current.as_json:
         say_json({"name": draft.name, "address": own, "port": port, "controller": authority(*target)})
     else:
         say(f"host {draft.name} has joined the farm of the controller at {authority(*target)}")
+
+
+async def _demand_controller(target: tuple[str, int]) -> None:
+    """Raise `HostLost` at once when nobody answers: then there is nothing to examine this server for."""
+    async with FarmClient(target) as controller:
+        try:
+            await controller.clock_s()
+        except (NotFound, Unauthorized):
+            return  # an older release, which has no such route
+
+
+def _subject(config: HostConfig, controller: tuple[str, int] | None) -> Subject:
+    return Subject(
+        state_dir=config.state_dir,
+        vm_user=config.vm_user,
+        port=config.port,
+        address=config.address,
+        controller=controller,
+    )
 
 
 async def _enter(draft: HostConfig, target: tuple[str, int], token: str, folder_was_made: bool) -> None:
@@ -223,7 +252,7 @@ def _new_config(
     vm_user: str,
     also_address: list[str] | None,
 ) -> HostConfig:
-    wanted = name or re.sub(r"[^a-z0-9-]+", "-", socket.gethostname().split(".")[0].lower()).strip("-")
+    wanted = name or daemon_process.own_name()
     try:
         return HostConfig(
             name=wanted,

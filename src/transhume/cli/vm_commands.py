@@ -45,7 +45,9 @@ def create(
     machine: Annotated[
         str, typer.Option("--machine", help="A versioned QEMU machine, such as pc-q35-7.2.")
     ] = "",
-    cpu: Annotated[str, typer.Option("--cpu", help="A QEMU CPU model.")] = "",
+    cpu: Annotated[
+        str, typer.Option("--cpu", help="A QEMU CPU model, or `baseline`: one that all hosts have.")
+    ] = "",
     host: Annotated[str | None, typer.Option("--host", help="Who shall own it; default: this host.")] = None,
     as_json: JsonFlag = False,
 ) -> None:

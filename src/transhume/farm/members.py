@@ -15,6 +15,7 @@ from transhume.farm.limits import Limits
 from transhume.farm.records import (
     FarmRecords,
     HostRecord,
+    Kept,
     TokenRecord,
     absent,
     encode,
@@ -123,12 +124,7 @@ class Members:
         Raises `Unauthorized` for a token that is wrong, used or expired, and `Conflict` for a name that is
         taken; the token can be used again then. A host whose daemon never reported may join again.
         """
-        kept_token = await self._records.token(_hash(token))
-        if kept_token is None or kept_token.record.expires_at_s <= self._clock_s():
-            raise Unauthorized(
-                "the token is wrong, was used or has expired; "
-                f"`transhume token` on {self._own.name} prints a new one"
-            )
+        kept_token = await self.valid_token(token)
         known = await self._records.host(name)
         if known is not None and (known.record.controller or known.record.inventory is not None):
             raise Conflict(f"the farm has a host {name} already; choose another name with --name")
@@ -148,6 +144,16 @@ class Members:
             raise Conflict(f"another host joined at the same moment with this token or as {name}; try again")
         self._hosts[name] = record
         return Joined(name=name, secret=record.secret, controller=self._own.name)
+
+    async def valid_token(self, token: str) -> Kept[TokenRecord]:
+        """The record of a token with which a host may join now. `Unauthorized` for any other."""
+        kept = await self._records.token(_hash(token))
+        if kept is None or kept.record.expires_at_s <= self._clock_s():
+            raise Unauthorized(
+                "the token is wrong, was used or has expired; "
+                f"`transhume token` on {self._own.name} prints a new one"
+            )
+        return kept
 
     async def remove(self, name: str) -> None:
         """Forget a member. `Conflict` for the controller's own host, and for one that owns or moves VMs."""

@@ -115,6 +115,10 @@ def _vmm_reasons(facts: SourceFacts, destination: HostStatus) -> list[str]:
 
 
 def _cpu_reasons(facts: SourceFacts, destination: HostStatus) -> list[str]:
+    """A named, versioned model that runs there whole is enough, whatever else the source's CPU has."""
+    under = destination.inventory.cpus_of.get(facts.spec.accel.value)
+    if under is not None and facts.spec.cpu_model in under.models:
+        return []
     missing = sorted(set(facts.required_cpu_flags) - set(destination.inventory.cpu_flags))
     if not missing:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from transhume.farm.baseline import BASELINE, with_baseline
 from transhume.farm.members import Members
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
 from transhume.model.errors import Conflict, NotFound
@@ -25,11 +26,14 @@ class Vms:
         """Enter a VM owned by `host`. Nothing runs yet.
 
         Raises `Conflict` for a name that is taken, `NotFound` for a host that is none, and `Refused` when
-        the host cannot run such a VM (a missing file, no KVM).
+        the host cannot run such a VM (a missing file, no KVM), or the farm has no CPU baseline.
         """
         if await self._records.vm(spec.name) is not None:
             raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
         resolved = await self._members.link(host).resolve_spec(spec)
+        if resolved.cpu_model == BASELINE:
+            inventories = {each.name: each.inventory for each in await self._members.hosts()}
+            resolved = with_baseline(resolved, inventories)
         record = VmRecord(spec=resolved, created_at_s=self._clock_s())
         ownership = Ownership(owner=host, epoch=FIRST_EPOCH)
         keys = (vm_key(spec.name), ownership_key(spec.name))

@@ -80,7 +80,9 @@ class ScriptedHost:
         await self._step("resolve_spec")
         if spec.kernel == "/missing":
             raise Refused(f"the kernel {spec.kernel} does not exist on host {self.name}; name one that does")
-        return spec.model_copy(update={"machine_type": MACHINE_TYPE, "accel": Accel.TCG, "cpu_model": "max"})
+        cpu_model = spec.cpu_model or "max"
+        changes = {"machine_type": MACHINE_TYPE, "accel": Accel.TCG, "cpu_model": cpu_model}
+        return spec.model_copy(update=changes)
 
     async def start_vm(self, spec: VmSpec) -> None:
         await self._step("start_vm")

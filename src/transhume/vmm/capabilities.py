@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import re
-import shutil
 import stat
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from transhume.model.errors import VmmError
+from transhume.vmm.bare_qemu import bare_qemu
 from transhume.vmm.command_line import DEFAULT_BINARY
-from transhume.vmm.qmp import Qmp
 from transhume.vmm.rights import user_rights
 
 KVM_DEVICE = Path("/dev/kvm")
@@ -42,29 +37,8 @@ class Memory:
 
 async def probe_qemu(binary: str = DEFAULT_BINARY, deadline_s: float = 20.0) -> QemuFacts:
     """Start a QEMU without a machine, ask it, and end it. `VmmError` when there is none or it fails."""
-    program = shutil.which(binary)
-    if program is None:
-        raise VmmError(f"{binary} is not installed on this host: install QEMU for x86 systems")
-    with tempfile.TemporaryDirectory(prefix="th-") as folder:
-        socket_path = Path(folder) / "qmp.sock"
-        child = await asyncio.create_subprocess_exec(
-            program,
-            *("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"),
-            *("-qmp", f"unix:{socket_path},server=on,wait=off"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            qmp = await Qmp.connect(socket_path, deadline_s)
-            try:
-                return _facts(qmp.version, await qmp.execute("query-machines"))
-            finally:
-                await qmp.close()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+    async with bare_qemu(binary, deadline_s=deadline_s) as qmp:
+        return _facts(qmp.version, await qmp.execute("query-machines"))
 
 
 def kvm_obstacle(vm_user: str, flags: Iterable[str] | None = None, device: Path = KVM_DEVICE) -> str:
@@ -89,6 +63,12 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     """The CPU's flags as Linux reports them, sorted; those of the first CPU."""
     found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
     return tuple(sorted(found[1].split())) if found else ()
+
+
+def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Who made the CPU, as in `GenuineIntel`; empty where Linux does not say."""
+    found = re.search(r"^vendor_id\s*:\s*(\S+)", cpuinfo.read_text(), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def kernel_release() -> str:
