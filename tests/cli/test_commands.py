@@ -306,8 +306,9 @@ async def lose_its_destination(d: Daemons, migration: Migration) -> None:
         "web", Ownership(owner="alpha", epoch=1), Ownership(owner="beta", epoch=2)
     )
     assert reply.won
-    await tell(d, migration, Phase.PAGING, report=MigrationReport(paging=PagingReport(owed_pages=9)))
     d.later_s = 7200.0
+    # The source goes on reporting: a migration that nobody reports on is ended after a while.
+    await tell(d, migration, Phase.PAGING, report=MigrationReport(paging=PagingReport(owed_pages=9)))
     await d.controller.heartbeat("alpha", d.alpha.inventory_now, d.alpha.states)
 
 
