@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from transhume.api.app import create_app
@@ -20,12 +21,14 @@ from transhume.api.controller_client import ControllerClient
 from transhume.api.host_client import HostLinks
 from transhume.api.server import serve
 from transhume.farm.controller import Controller
+from transhume.host.certificate import LOOK_INTERVAL_S, CertificateKeeper
 from transhume.host.config import HostConfig
 from transhume.host.controller_link import ControllerLink
 from transhume.host.inventory import Inventory
 from transhume.host.service import HostService
 from transhume.model.errors import TranshumeError
 from transhume.store.sqlite import SqliteStore
+from transhume.trust.credentials import Credentials
 
 HEARTBEAT_S = 3.0
 STATE_DIR_MODE = 0o711
@@ -39,6 +42,7 @@ class Daemon:
 
     def __init__(self, config: HostConfig) -> None:
         self._config = config
+        self._keeper = CertificateKeeper(config.files, config.name, config.carries_controller)
         self._stop = asyncio.Event()
         self._ready = asyncio.Event()
 
@@ -50,46 +54,61 @@ class Daemon:
         self._make_folders()
         inventory = await Inventory.measure(self._config.vm_user)
         async with contextlib.AsyncExitStack() as stack:
+            credentials = Credentials(self._config.files)
             if self._config.carries_controller:
-                await self._run_with_controller(stack, inventory)
+                await self._run_with_controller(stack, inventory, credentials)
             else:
                 client = ControllerClient(self._config)
                 stack.push_async_callback(client.close)
                 service = HostService(self._config, inventory, client)
                 stack.push_async_callback(service.close)
-                await self._serve(service, client, None)
+                await self._serve(service, client, None, credentials)
 
-    async def _run_with_controller(self, stack: contextlib.AsyncExitStack, inventory: Inventory) -> None:
+    async def _run_with_controller(
+        self, stack: contextlib.AsyncExitStack, inventory: Inventory, credentials: Credentials
+    ) -> None:
         store = await SqliteStore.open(self._config.store_file)
         stack.push_async_callback(store.close)
         links: list[HostLinks] = []
         # The controller and this host's service need each other: the links come when both exist.
-        controller = Controller(store, lambda host, secret: links[0](host, secret), self._config)
+        controller = Controller(store, lambda host: links[0](host), self._config)
         service = HostService(self._config, inventory, controller)
         stack.push_async_callback(service.close)
-        links.append(HostLinks(self._config.name, service))
+        links.append(HostLinks(self._config.name, service, credentials))
         stack.push_async_callback(links[0].close)
         await controller.start()
         stack.push_async_callback(controller.close)
-        await self._serve(service, controller, controller)
+        await self._keeper.demand(controller, time.time(), controller.members.authority.certificate_pem)
+        await self._serve(service, controller, controller, credentials)
 
-    async def _serve(self, service: HostService, link: ControllerLink, controller: Controller | None) -> None:
-        app = create_app(self._config, service, controller)
-        serving = asyncio.create_task(serve(app, self._config, self._ready, self._stop), name="serve")
+    async def _serve(
+        self,
+        service: HostService,
+        link: ControllerLink,
+        controller: Controller | None,
+        credentials: Credentials,
+    ) -> None:
+        app = create_app(self._config, service, controller, credentials)
+        serving = asyncio.create_task(
+            serve(app, self._config, credentials.server(), self._ready, self._stop), name="serve"
+        )
         ready = asyncio.create_task(self._ready.wait(), name="ready")
         await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
-        beating: asyncio.Task[None] | None = None
+        working: list[asyncio.Task[None]] = []
         if not serving.done():
             service.recover()
-            beating = asyncio.create_task(self._beat(service, link), name="heartbeat")
+            working = [
+                asyncio.create_task(self._beat(service, link), name="heartbeat"),
+                asyncio.create_task(self._renew(link, credentials), name="renewal"),
+            ]
             log.info("host %s answers at %s:%s", self._config.name, self._config.address, self._config.port)
         try:
             await self._stop_or_failure(serving)
         finally:
-            if beating is not None:
-                beating.cancel()
-                await asyncio.gather(beating, return_exceptions=True)
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
             if controller is not None:
                 await controller.close()
             await serving
@@ -115,6 +134,16 @@ class Daemon:
                     log.warning("the controller did not take the heartbeat: %s", error.message)
                 failing = True
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _renew(self, link: ControllerLink, credentials: Credentials) -> None:
+        """Ask for the next certificate in time, and show it from then on."""
+        while True:
+            try:
+                if await self._keeper.look(link, time.time()):
+                    credentials.server()
+            except TranshumeError as error:
+                log.warning("this host's certificate could not be renewed: %s", error.message)
+            await asyncio.sleep(LOOK_INTERVAL_S)
 
     def _make_folders(self) -> None:
         for path in (self._config.state_dir, self._config.vms_dir):

@@ -27,6 +27,7 @@ from transhume.migration.driver.destination_driver import DestinationDriver
 from transhume.migration.driver.job import MoverFolder, Role
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.source_driver import SourceDriver
+from transhume.trust.credentials import Credentials
 from transhume.vmm.paths import VmPaths
 
 ANOTHER_LIVES = 7
@@ -77,13 +78,24 @@ async def _move(folder: MoverFolder) -> None:
     journal = Journal(folder.journal_file)
     link = ControllerClient(config)
     control = ControlServer(folder.control_socket)
+    credentials = Credentials(config.files)
     paths = VmPaths(config.vms_dir / job.migration.vm)
     try:
         if job.role is Role.SOURCE:
-            driver: SourceDriver | DestinationDriver = SourceDriver(job, paths, journal, link, control)
+            driver: SourceDriver | DestinationDriver = SourceDriver(
+                job, paths, journal, link, control, credentials
+            )
         else:
             driver = DestinationDriver(
-                job, paths, journal, link, control, config.address, config.vm_user, config.other_addresses
+                job,
+                paths,
+                journal,
+                link,
+                control,
+                config.address,
+                config.vm_user,
+                credentials,
+                config.other_addresses,
             )
         control.cancel = driver.cancel
         if isinstance(driver, SourceDriver):

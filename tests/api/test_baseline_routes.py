@@ -11,6 +11,7 @@ from transhume.model.errors import Unauthorized
 from transhume.model.finding import Level
 from transhume.model.host import GuestCpus, HostInventory, ModelRank
 from transhume.sim.scripted_host import INVENTORY
+from transhume.trust.token import Token
 
 WHOLE = GuestCpus(models={"Nehalem-v1": ModelRank(2, 31)}, features=("avx2", "sse4.2"))
 LESS = GuestCpus(models={"Nehalem-v1": ModelRank(2, 31)}, features=("sse4.2",))
@@ -36,7 +37,7 @@ async def test_the_baseline_is_for_members() -> None:
             ("avx2", "sse4.2"),
         )
         for config in (d.alpha_config, d.beta_config):
-            async with d.far(config, None) as stranger:
+            async with d.stranger(config) as stranger:
                 with pytest.raises(Unauthorized):
                     await stranger.baseline()
 
@@ -46,23 +47,23 @@ async def test_a_preview_needs_a_token_and_leaves_it_good() -> None:
         await told(d)
         token = (await d.controller.members.invite()).token
         before = await d.store.list("")
-        async with d.far(d.alpha_config, None) as stranger:
-            findings = await stranger.preview_join(token, "gamma", with_cpus(LESS))
-            with pytest.raises(Unauthorized, match="the token is wrong"):
+        async with d.stranger(d.alpha_config) as stranger:
+            findings = await stranger.preview_join(Token.parse(token).secret, "gamma", with_cpus(LESS))
+            with pytest.raises(Unauthorized, match="does not know this token"):
                 await stranger.preview_join("guess", "gamma", with_cpus(LESS))
             assert await d.store.list("") == before
             lower = [finding for finding in findings if finding.check == "baseline"]
             assert [finding.level for finding in lower] == [Level.NOTE]
             assert lower[0].words.endswith("joining gamma would lower it by avx2")
-            assert (await stranger.join(token, "gamma", "127.0.0.1", 1)).name == "gamma"
+            assert (await d.join(d.config("gamma"), token)).name == "gamma"
             with pytest.raises(Unauthorized):
-                await stranger.preview_join(token, "delta", with_cpus(LESS))
+                await stranger.preview_join(Token.parse(token).secret, "delta", with_cpus(LESS))
 
 
 async def test_everybody_may_know_the_time_also_through_a_member() -> None:
     async with two_daemons() as d:
         for config in (d.alpha_config, d.beta_config):
-            async with d.far(config, None) as stranger:
+            async with d.stranger(config) as stranger:
                 assert abs(await stranger.clock_s() - time.time()) < 30.0
 
 

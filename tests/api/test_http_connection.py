@@ -171,7 +171,7 @@ async def test_chunks_come_as_they_are_sent_and_an_early_end_is_noticed() -> Non
         await go_on.wait()
         writer.write(b"5\r\ntw")
 
-    async with peer(chunked) as where, open_answer("the peer", where, {}, "GET", "/", None, 5.0) as answer:
+    async with peer(chunked) as where, open_answer("the peer", where, None, "GET", "/", None, 5.0) as answer:
         assert answer.head.status == 200
         assert await anext(answer.body) == b"one"
         go_on.set()

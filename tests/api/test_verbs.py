@@ -195,7 +195,7 @@ async def test_a_controller_that_is_gone_is_a_lost_host() -> None:
         async with FarmClient(d.folder / "no.sock") as nobody:
             with pytest.raises(HostLost):
                 await nobody.hosts()
-        host = HostClient("gamma", ADDRESS, free_port(), "")
+        host = HostClient("gamma", ADDRESS, free_port(), d.alpha_credentials)
         with pytest.raises(HostLost, match="host gamma at"):
             await host.inventory()
         await host.close()

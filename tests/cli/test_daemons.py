@@ -13,6 +13,8 @@ import pytest
 from tests.api.daemons import ADDRESS, free_port
 from tests.cli.command import transhume
 
+from transhume.trust.token import Token
+
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a daemon needs root"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="a daemon needs QEMU"),
@@ -47,6 +49,11 @@ async def test_two_hosts_are_set_up_started_stopped_and_started_again(folder: Pa
     assert joined.code == 0, joined
     hosts = await transhume(beta, "hosts", "--json")
     assert [(host["name"], host["silent"]) for host in hosts.json] == [("alpha", False), ("beta", False)]
+    for name in ("identity.pem", "farm.sqlite"):
+        assert stat.S_IMODE((alpha / name).stat().st_mode) == 0o600
+    used = await transhume(folder / "c", *words[1:], "--name", "gamma", "--address", ADDRESS)
+    assert used.code == 2
+    assert "was used already, by host beta" in used.err
     down = await transhume(alpha, "down")
     assert down.code == 0, down
     assert down.out == "the daemon of host alpha has stopped; its VMs go on\n"
@@ -70,10 +77,15 @@ async def test_a_set_up_that_fails_leaves_nothing(folder: Path) -> None:
     own = ("--name", "beta", "--address", ADDRESS, "--port", str(free_port()))
     wrong = await transhume(folder / "b", "join", f"{ADDRESS}:{port}", "--token", "wrong", *own)
     assert wrong.code == 2
-    assert "the token is wrong" in wrong.err
-    nobody = await transhume(folder / "b", "join", f"{ADDRESS}:{free_port()}", "--token", "x", *own)
-    assert nobody.code == 5
+    assert "this is not a whole token" in wrong.err
     token = (await transhume(alpha, "token", "--json")).json["token"]
+    nobody = await transhume(folder / "b", "join", f"{ADDRESS}:{free_port()}", "--token", token, *own)
+    assert nobody.code == 5
+    secret = Token.parse(token).secret
+    elsewhere = str(Token(secret, bytes(32)))
+    impostor = await transhume(folder / "b", "join", f"{ADDRESS}:{port}", "--token", elsewhere, *own)
+    assert impostor.code == 2
+    assert "is not of the farm that the token is from" in impostor.err
     clash = ("--name", "beta", "--address", ADDRESS, "--port", str(port))
     busy = await transhume(folder / "b", "join", f"{ADDRESS}:{port}", "--token", token, *clash)
     assert busy.code == 2
@@ -81,3 +93,28 @@ async def test_a_set_up_that_fails_leaves_nothing(folder: Path) -> None:
     assert not (folder / "b").exists()
     hosts = await transhume(alpha, "hosts", "--json")
     assert [host["name"] for host in hosts.json] == ["alpha"]
+
+
+async def test_a_member_gets_a_new_key_and_a_removed_one_is_out(folder: Path) -> None:
+    alpha, beta, port = folder / "a", folder / "b", free_port()
+    up = await transhume(alpha, *up_words("alpha", port))
+    own = ("--name", "beta", "--address", ADDRESS, "--port", str(free_port()))
+    assert (await transhume(beta, *up.json["join_command"].split()[1:], *own)).code == 0
+    before = (beta / "identity.pem").read_text()
+    strange = (await transhume(alpha, "token", "--json")).json["token"]
+    taken = await transhume(beta, "join", f"{ADDRESS}:{port}", "--token", strange)
+    assert taken.code == 2
+    assert "transhume token --host beta" in taken.err
+    again = (await transhume(alpha, "token", "--host", "beta", "--json")).json["token"]
+    assert (await transhume(beta, "join", f"{ADDRESS}:{port}", "--token", again)).code == 0
+    assert (beta / "identity.pem").read_text() != before
+    assert len((await transhume(beta, "hosts", "--json")).json) == 2
+    removed = await transhume(alpha, "host", "remove", "beta")
+    assert removed.out == "host beta is no longer a member of the farm\n"
+    out = await transhume(beta, "hosts")
+    assert out.code == 2
+    assert "a host that was removed must join again" in out.err
+    for log in (alpha / "daemon.log", beta / "daemon.log"):
+        text = log.read_text()
+        assert "PRIVATE" not in text
+        assert Token.parse(again).secret not in text

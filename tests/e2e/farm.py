@@ -14,6 +14,8 @@ from typing import Any
 from tests.e2e.boot_guest import assemble, make_disk, read_sweeps
 
 from transhume.api.client import FarmClient
+from transhume.api.http_calls import HttpCalls
+from transhume.api.joining import enter
 from transhume.demo.guest.build import Guest
 from transhume.demo.lab import Lab, LabHost
 from transhume.demo.observer import Observer
@@ -23,6 +25,8 @@ from transhume.model.errors import HostLost, TranshumeError
 from transhume.model.migration import Migration, MigrationOptions, Outcome, Phase
 from transhume.model.orders import Adjustment
 from transhume.model.vm import Accel, Disk, Vm, VmSpec
+from transhume.trust.files import IdentityFiles
+from transhume.trust.token import Token
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import find_running
 
@@ -60,31 +64,32 @@ class Farm:
         first, *others = self.lab.hosts
         self._write_config(
             first,
-            HostConfig(
-                name=first.name, state_dir=first.state_dir, address=first.address, secret="of-the-controller"
-            ),
+            HostConfig(name=first.name, state_dir=first.state_dir, address=first.address),
         )
         await self.start_daemon(first.name)
         async with self.client(first.name) as client:
             for host in others:
                 invitation = await client.invite()
-                joined = await client.join(invitation.token, host.name, host.address, 7461)
-                self._write_config(
-                    host,
-                    HostConfig(
-                        name=host.name,
-                        state_dir=host.state_dir,
-                        address=host.address,
-                        secret=joined.secret,
-                        controller_address=first.address,
-                    ),
+                config = HostConfig(
+                    name=host.name,
+                    state_dir=host.state_dir,
+                    address=host.address,
+                    controller_address=first.address,
                 )
+                await self._enter(first, Token.parse(invitation.token), config)
+                self._write_config(host, config)
                 await self.start_daemon(host.name)
 
             async def all_known() -> bool:
                 return len(await client.hosts()) == len(self.lab.hosts)
 
             await until(all_known, "all hosts are known to the controller")
+
+    async def _enter(self, first: LabHost, token: Token, config: HostConfig) -> None:
+        """Join by way of the first host's local socket: the hosts' network is not the tests'."""
+        calls = HttpCalls("the first daemon", first.state_dir / "api.sock", "/v1")
+        await enter(calls, token, config, IdentityFiles(first.state_dir).authority.read_text())
+        await calls.close()
 
     def client(self, host: str = "alpha") -> FarmClient:
         """The API as a person on `host` uses it."""

@@ -24,6 +24,7 @@ from tests.e2e.boot_guest import (
     read_sweeps,
 )
 from tests.e2e.farm import until
+from tests.trust.identities import credentials, new_authority
 
 from transhume.memory import runs as page_runs
 from transhume.memory.ram import GuestRam
@@ -35,6 +36,7 @@ from transhume.migration.driver.source_driver import SourceDriver
 from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import MigrationUpdate, Prepared, SwapReply
 from transhume.model.vm import PAGE_BYTES, Accel, Disk, Ownership, VmSpec
+from transhume.trust.credentials import Credentials
 from transhume.vmm.capabilities import KVM_DEVICE, probe_qemu
 from transhume.vmm.command_line import ram_blocks
 from transhume.vmm.launch import launch
@@ -130,6 +132,7 @@ class Move:
             waiting,
             "127.0.0.1",
             ROOT,
+            self._credentials(self.migration.destination),
         )
         receiving = asyncio.create_task(destination.run())
         prepared = await asyncio.wait_for(waiting.where, 60)
@@ -139,12 +142,16 @@ class Move:
             self._journal(Role.SOURCE),
             self._hosts.register,
             self._said,
+            self._credentials(self.migration.source),
         )
         await asyncio.wait_for(asyncio.gather(self.source.run(), receiving), 120)
         self._hosts.register.close(self.migration)
         update = self._said.latest
         assert update is not None
         return update
+
+    def _credentials(self, host: str) -> Credentials:
+        return credentials(self._hosts.folder / f"identity-{host}", self._hosts.authority, host)
 
     @property
     def phase(self) -> Phase:
@@ -172,6 +179,7 @@ class Hosts:
         self.folder = folder
         self.spec = spec
         self.register = Register()
+        self.authority = new_authority()
 
     def paths(self, host: str) -> VmPaths:
         return VmPaths(self.folder / host / "vm")

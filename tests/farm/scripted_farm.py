@@ -11,6 +11,7 @@ from pathlib import Path
 from transhume.farm.controller import Controller
 from transhume.farm.host_link import HostLink
 from transhume.farm.limits import Limits
+from transhume.farm.members import Joined
 from transhume.host.config import HostConfig
 from transhume.model.host import Host
 from transhume.model.migration import Migration, MigrationOptions, Outcome, Phase
@@ -19,6 +20,8 @@ from transhume.model.vm import Ownership, VmSpec, VmState
 from transhume.sim.scripted_host import ScriptedHost
 from transhume.store.interface import Store
 from transhume.store.memory import MemoryStore
+from transhume.trust.certificates import make_request
+from transhume.trust.token import Token
 
 MIB = 1 << 20
 
@@ -34,9 +37,7 @@ class Farm:
         self.controller = self.new_controller()
 
     def new_controller(self) -> Controller:
-        own = HostConfig(
-            name=next(iter(self.hosts)), state_dir=Path("/none"), address="192.0.2.10", secret="own"
-        )
+        own = HostConfig(name=next(iter(self.hosts)), state_dir=Path("/none"), address="192.0.2.10")
         return Controller(
             self.store,
             self.link,
@@ -46,16 +47,21 @@ class Farm:
             limits=Limits(sweep_interval_s=3600.0),
         )
 
-    def link(self, host: Host, secret: str) -> HostLink:
+    def link(self, host: Host) -> HostLink:
         return self.hosts[host.name]
 
     async def start(self) -> None:
         """Start the controller and let all hosts join and report."""
         await self.controller.start()
         for name in list(self.hosts)[1:]:
-            token = (await self.controller.members.invite()).token
-            await self.controller.members.join(token, name, f"192.0.2.{len(name)}", 7461)
+            await self.join(name, f"192.0.2.{len(name)}")
         await self.beat()
+
+    async def join(self, name: str, address: str, token: str = "") -> Joined:
+        """Let a host join, as it asks for it; without a token with a fresh one."""
+        members = self.controller.members
+        secret = Token.parse(token or (await members.invite()).token).secret
+        return await members.join(secret, name, address, 7461, make_request()[1])
 
     async def restart(self) -> None:
         """A new controller on the same store."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.farm.scripted_farm import farm
+from tests.trust.identities import serial_of
 
 from transhume.farm.records import host_key
 from transhume.model.errors import Conflict, HostLost, NotFound, StoreError, Unauthorized
@@ -50,13 +51,12 @@ async def test_heartbeats_write_to_the_store_only_when_the_equipment_changes() -
 async def test_a_host_that_joined_and_never_reported_may_join_again() -> None:
     async with farm() as f:
         members = f.controller.members
-        first = await members.join((await members.invite()).token, "gamma", "192.0.2.3", 7461)
+        first = await f.join("gamma", "192.0.2.3")
         with pytest.raises(HostLost, match="has not reported yet"):
             members.host("gamma")
-        second = await members.join((await members.invite()).token, "gamma", "192.0.2.4", 7461)
-        assert first.secret != second.secret
-        assert not members.authenticates("gamma", first.secret)
-        assert members.authenticates("gamma", second.secret)
+        second = await f.join("gamma", "192.0.2.4")
+        assert not members.admits("gamma", serial_of(first.certificate))
+        assert members.admits("gamma", serial_of(second.certificate))
 
 
 async def test_tokens_expire_and_are_swept() -> None:
@@ -64,8 +64,8 @@ async def test_tokens_expire_and_are_swept() -> None:
         members = f.controller.members
         invitation = await members.invite()
         f.now_s = invitation.expires_at_s
-        with pytest.raises(Unauthorized):
-            await members.join(invitation.token, "gamma", "192.0.2.3", 7461)
+        with pytest.raises(Unauthorized, match="the token has expired; `transhume token` on alpha"):
+            await f.join("gamma", "192.0.2.3", invitation.token)
         await members.invite()
         assert len(await f.store.list("tokens/")) == 1
 

@@ -11,9 +11,7 @@ from transhume.host.config import HostConfig
 
 
 def config(*others: str, address: str = "10.0.0.1") -> HostConfig:
-    return HostConfig(
-        name="alpha", state_dir=Path("/none"), address=address, secret="x", other_addresses=others
-    )
+    return HostConfig(name="alpha", state_dir=Path("/none"), address=address, other_addresses=others)
 
 
 def test_a_configuration_from_before_there_were_others() -> None:

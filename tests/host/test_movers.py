@@ -21,7 +21,7 @@ from transhume.migration.driver.job import MoverFolder, MoverJob, Role
 from transhume.model.errors import Conflict, HostLost, NotFound, TranshumeError, VmmError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration, Outcome, Phase
-from transhume.model.orders import HeartbeatReply, MigrationUpdate, Prepared, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Prepared, Renewed, SwapReply
 from transhume.model.vm import Accel, Ownership, VmSpec, VmState
 
 WAITING = Prepared.model_validate(PREPARED)
@@ -50,6 +50,9 @@ class Controller:
         raise NotImplementedError
 
     async def migration(self, migration: str) -> Migration:
+        raise NotImplementedError
+
+    async def renew(self, host: str, request_pem: str) -> Renewed:
         raise NotImplementedError
 
     async def heartbeat(

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 
 from fastapi import FastAPI, Request
@@ -27,15 +26,19 @@ from transhume.farm.controller import Controller
 from transhume.farm.host_link import HostLink
 from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, Refused, TranshumeError
+from transhume.trust.credentials import Credentials
 
 log = logging.getLogger(__name__)
 
 
-def create_app(config: HostConfig, host: HostLink, controller: Controller | None) -> Gate:
+def create_app(
+    config: HostConfig, host: HostLink, controller: Controller | None, credentials: Credentials
+) -> Gate:
     """The application of one daemon, to be given to `transhume.api.server.serve`.
 
     `host` is this machine's own service. `controller` is given on the host that carries it (and started by
-    the caller); without one, requests to the farm are passed on to the address in `config`.
+    the caller); without one, requests to the farm are passed on to the address in `config`. `credentials`
+    are this host's.
     """
     app = FastAPI(title="Transhume", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(TranshumeError, _on_error)
@@ -44,15 +47,15 @@ def create_app(config: HostConfig, host: HostLink, controller: Controller | None
     app.add_exception_handler(Exception, _on_bug)
     app.include_router(host_router(config, host))
     if controller is None:
-        app.include_router(forward_router(config))
-        return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret))
+        app.include_router(forward_router(config, credentials))
+        return Gate(app, config.name, lambda peer: peer.controller)
     app.include_router(controller_router(controller))
     app.include_router(farm_router(config, controller))
-    return Gate(RegisterApp(controller, app), config.name, controller.members.authenticates)
-
-
-def _is_own(config: HostConfig, name: str, secret: str) -> bool:
-    return hmac.compare_digest(config.secret.encode(), secret.encode()) and name == config.name
+    return Gate(
+        RegisterApp(controller, app),
+        config.name,
+        lambda peer: controller.members.admits(peer.host, peer.serial),
+    )
 
 
 def _answer(error: TranshumeError, status: int | None = None) -> Response:

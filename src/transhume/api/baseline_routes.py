@@ -28,5 +28,5 @@ def add_baseline_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.post("/join/preview")
     async def preview_join(body: JoinPreviewRequest) -> JoinPreview:
-        await members.valid_token(body.token)
+        await members.valid_token(body.secret, body.name)
         return JoinPreview(findings=preview(await members.hosts(), body.name, body.inventory))

@@ -8,13 +8,13 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from transhume.api.http_calls import HttpCalls, part
-from transhume.api.http_connection import authority
+from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import open_answer
 from transhume.api.problem import from_problem
 from transhume.api.schemas import ClockAnswer, JoinPreview, LogText, Pong
 from transhume.farm.baseline import FarmBaseline
 from transhume.farm.events import MigrationEvent
-from transhume.farm.members import HostStatus, Invitation, Joined
+from transhume.farm.members import HostStatus, Invitation
 from transhume.farm.revival import Revival
 from transhume.model.errors import HostLost, PeerProtocolError
 from transhume.model.finding import Finding
@@ -35,15 +35,15 @@ STREAM_SILENCE_S = 20.0
 class FarmClient:
     """The API's verbs. Raises the errors of `transhume.model.errors`, `HostLost` when no daemon answers.
 
-    `target` is the path of a daemon's local socket, or an address and a port; over TCP `bearer` is
-    `<host name>:<secret>`. Close it, or use it with `async with`.
+    `target` is the path of a daemon's local socket, or an address and a port; over TCP `tls` says how to
+    prove oneself, and to whom. Close it, or use it with `async with`.
     """
 
-    def __init__(self, target: tuple[str, int] | Path, bearer: str | None = None) -> None:
+    def __init__(self, target: tuple[str, int] | Path, tls: TlsMaker | None = None) -> None:
         where = str(target) if isinstance(target, Path) else authority(*target)
         self._target = target
-        self._bearer = bearer
-        self._calls = HttpCalls(f"the daemon at {where}", target, "", bearer)
+        self._tls = tls
+        self._calls = HttpCalls(f"the daemon at {where}", target, "", tls)
 
     async def __aenter__(self) -> FarmClient:
         return self
@@ -61,20 +61,18 @@ class FarmClient:
     async def hosts(self) -> list[HostStatus]:
         return await self._calls.ask("GET", "/v1/hosts", _HOSTS)
 
-    async def invite(self, ttl_s: float | None = None) -> Invitation:
-        return await self._calls.ask("POST", "/v1/tokens", Invitation, {"ttl_s": ttl_s})
-
-    async def join(self, token: str, name: str, address: str, port: int) -> Joined:
-        body = {"token": token, "name": name, "address": address, "port": port}
-        return await self._calls.ask("POST", "/v1/join", Joined, body)
+    async def invite(self, ttl_s: float | None = None, only_for: str | None = None) -> Invitation:
+        """A token for one host; with `only_for`, for that member to join once more."""
+        body = {"ttl_s": ttl_s, "only_for": only_for}
+        return await self._calls.ask("POST", "/v1/tokens", Invitation, body)
 
     async def clock_s(self) -> float:
-        """The controller's clock. Needs no secret."""
+        """The controller's clock. Needs no certificate."""
         return (await self._calls.ask("GET", "/v1/clock", ClockAnswer, timeout_s=5.0)).now_s
 
-    async def preview_join(self, token: str, name: str, inventory: HostInventory) -> tuple[Finding, ...]:
+    async def preview_join(self, secret: str, name: str, inventory: HostInventory) -> tuple[Finding, ...]:
         """What it would change if a server with `inventory` joined; the token stays good."""
-        body = {"token": token, "name": name, "inventory": inventory.model_dump(mode="json")}
+        body = {"secret": secret, "name": name, "inventory": inventory.model_dump(mode="json")}
         return (await self._calls.ask("POST", "/v1/join/preview", JoinPreview, body)).findings
 
     async def baseline(self) -> FarmBaseline:
@@ -118,7 +116,7 @@ class FarmClient:
         from transhume.api.console_client import join_console
 
         path = f"/v1/vms/{part(name)}/console"
-        return join_console(self._calls.peer, self._target, path, self._bearer, received)
+        return join_console(self._calls.peer, self._target, path, self._tls, received)
 
     async def migrate(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
         """Returns when the migration is entered; `follow` tells the rest."""
@@ -166,7 +164,7 @@ class FarmClient:
         path = f"/v1/migrations/{part(migration)}/events?after={after}"
         calls = self._calls
         async with open_answer(
-            calls.peer, calls.target, calls.headers, "GET", path, None, STREAM_SILENCE_S
+            calls.peer, calls.target, calls.tls, "GET", path, None, STREAM_SILENCE_S
         ) as answer:
             if answer.head.status >= 400:
                 raise from_problem(

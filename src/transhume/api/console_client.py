@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from transhume.api.http_connection import authority
+from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.problem import from_problem
 from transhume.model.errors import HostLost, Unauthorized
+from transhume.trust.credentials import refusal
 
 OPEN_TIMEOUT_S = 10.0
 
@@ -20,16 +22,15 @@ async def join_console(
     peer: str,
     target: tuple[str, int] | Path,
     path: str,
-    bearer: str | None,
+    tls: TlsMaker | None,
     received: AsyncIterator[bytes],
 ) -> AsyncIterator[bytes]:
     """What the guest prints, while what `received` gives is typed; ends when either side does.
 
     Raises what the other end told as a problem, and `HostLost` when the connection breaks.
     """
-    headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
     try:
-        async with _open(target, path, headers) as connection:
+        async with _open(target, path, tls) as connection:
             typing = asyncio.create_task(_type(connection, received), name="console input")
             try:
                 async for data in connection:
@@ -43,6 +44,8 @@ async def join_console(
         if error.response.status_code == 403:
             raise Unauthorized(f"{peer} does not know this caller") from error
         raise HostLost(f"{peer} does not offer a console ({error})") from error
+    except ssl.SSLError as error:
+        raise refusal(error, peer) from error
     except (OSError, WebSocketException) as error:
         raise HostLost(f"{peer} does not answer ({error})") from error
 
@@ -56,18 +59,19 @@ async def _type(connection: ClientConnection, received: AsyncIterator[bytes]) ->
     await connection.close()
 
 
-def _open(target: tuple[str, int] | Path, path: str, headers: dict[str, str]) -> connect:
+def _open(target: tuple[str, int] | Path, path: str, tls: TlsMaker | None) -> connect:
     if isinstance(target, Path):
         return unix_connect(
             str(target),
             f"ws://localhost{path}",
-            additional_headers=headers,
             open_timeout=OPEN_TIMEOUT_S,
             compression=None,
         )
+    demanded = tls() if tls is not None else None
     return connect(
-        f"ws://{authority(*target)}{path}",
-        additional_headers=headers,
+        f"{'wss' if demanded else 'ws'}://{authority(*target)}{path}",
+        ssl=demanded.context if demanded else None,
+        server_hostname=demanded.server_name if demanded else None,
         open_timeout=OPEN_TIMEOUT_S,
         compression=None,
         proxy=None,

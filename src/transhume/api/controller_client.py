@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -18,8 +19,10 @@ from transhume.host.config import HostConfig
 from transhume.model.errors import PeerProtocolError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed, SwapReply
 from transhume.model.vm import Ownership, VmState
+from transhume.trust.credentials import Credentials
+from transhume.trust.names import CONTROLLER_NAME
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -38,9 +41,11 @@ class ControllerClient:
             target = (config.controller_address, config.controller_port)
             where = authority(*target)
         self._peer = f"the controller at {where}"
-        headers = {"Authorization": f"Bearer {config.name}:{config.secret}"}
-        self._register = HttpConnection(self._peer, target, headers)
-        self._reports = HttpConnection(self._peer, target, headers)
+        tls = (
+            None if config.carries_controller else partial(Credentials(config.files).client, CONTROLLER_NAME)
+        )
+        self._register = HttpConnection(self._peer, target, {}, tls)
+        self._reports = HttpConnection(self._peer, target, {}, tls)
 
     async def ping(self) -> None:
         """Open and warm the connection on which the register is asked. `HostLost` when nobody answers."""
@@ -61,6 +66,11 @@ class ControllerClient:
 
     async def report(self, update: MigrationUpdate) -> None:
         await self._ask(self._reports, "POST", "/migrations/report", update.model_dump_json().encode())
+
+    async def renew(self, host: str, request_pem: str) -> Renewed:
+        body = json.dumps({"request": request_pem}).encode()
+        answer = await self._ask(self._reports, "POST", f"/hosts/{host}/certificate", body)
+        return _parse(Renewed, answer, self._peer)
 
     async def heartbeat(
         self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 
-from transhume.api.gate import CALLER
-from transhume.api.schemas import HeartbeatRequest, MigrationId, Name
+from transhume.api.gate import CALLER, PEER
+from transhume.api.schemas import HeartbeatRequest, MigrationId, Name, RenewRequest
 from transhume.farm.controller import Controller
 from transhume.model.errors import Unauthorized
 from transhume.model.migration import Migration
-from transhume.model.orders import HeartbeatReply, MigrationUpdate
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed
+from transhume.trust.names import Peer
 
 
 def caller(request: Request) -> str | None:
@@ -40,6 +41,13 @@ def controller_router(controller: Controller) -> APIRouter:
     async def heartbeat(host: Name, body: HeartbeatRequest, who: Caller) -> HeartbeatReply:
         _demand_own_word(who, host)
         return await controller.heartbeat(host, body.inventory, body.vm_states)
+
+    @router.post("/hosts/{host}/certificate")
+    async def renew(host: Name, body: RenewRequest, who: Caller, request: Request) -> Renewed:
+        """The host's next certificate, long before the one that it shows here ends."""
+        _demand_own_word(who, host)
+        peer: Peer | None = request.scope.get(PEER)
+        return await controller.renew(host, body.request, peer.serial if peer else "")
 
     return router
 

@@ -13,6 +13,7 @@ from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
 from transhume.api.controller_routes import Caller
 from transhume.api.schemas import (
+    AuthorityText,
     CreateVmRequest,
     InviteRequest,
     JoinRequest,
@@ -58,11 +59,16 @@ def _add_host_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.post("/tokens")
     async def invite(body: InviteRequest) -> Invitation:
-        return await members.invite(body.ttl_s)
+        return await members.invite(body.ttl_s, body.only_for or "")
+
+    @router.get("/authority")
+    async def authority() -> AuthorityText:
+        """For whoever joins, before it trusts anybody; compared with the token, it needs no proof."""
+        return AuthorityText(certificate=members.authority.certificate_pem)
 
     @router.post("/join")
     async def join(body: JoinRequest) -> Joined:
-        return await members.join(body.token, body.name, body.address, body.port)
+        return await members.join(body.secret, body.name, body.address, body.port, body.request)
 
     @router.delete("/hosts/{name}", status_code=204)
     async def remove(name: Name) -> None:

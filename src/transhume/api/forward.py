@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 from fastapi import APIRouter, Request, WebSocket
 from fastapi.responses import Response, StreamingResponse
@@ -14,11 +15,13 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from transhume.api.console import CLOSE_PROBLEM
-from transhume.api.http_connection import authority
+from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import Answer, open_answer
 from transhume.api.problem import encode_problem
 from transhume.host.config import HostConfig
 from transhume.model.errors import HostLost
+from transhume.trust.credentials import Credentials
+from transhume.trust.names import CONTROLLER_NAME
 
 log = logging.getLogger(__name__)
 
@@ -29,29 +32,27 @@ ANSWER_TIMEOUT_S = 3700.0
 """Longer than the longest wait that a request may ask for; a stream beats far more often."""
 
 
-def bearer(config: HostConfig) -> dict[str, str]:
-    """How this host proves itself to the controller, and the controller to it."""
-    return {"Authorization": f"Bearer {config.name}:{config.secret}"}
-
-
-def forward_router(config: HostConfig) -> APIRouter:
+def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
     """All of /v1 at the controller's address."""
     router = APIRouter(prefix="/v1")
+    tls = partial(credentials.client, CONTROLLER_NAME)
     where = authority(config.controller_address, config.controller_port)
 
     @router.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
     async def forward(request: Request, path: str) -> Response:
         query = f"?{request.url.query}" if request.url.query else ""
         raw_path = request.scope["raw_path"].decode("latin-1")
-        return _Forwarded(config, request.method, f"{raw_path}{query}", await request.body())
+        return _Forwarded(config, tls, request.method, f"{raw_path}{query}", await request.body())
 
     @router.websocket("/{path:path}")
     async def forward_websocket(websocket: WebSocket, path: str) -> None:
         await websocket.accept()
         try:
+            demanded = tls()
             async with connect(
-                f"ws://{where}{websocket.url.path}",
-                additional_headers=bearer(config),
+                f"wss://{where}{websocket.url.path}",
+                ssl=demanded.context,
+                server_hostname=demanded.server_name,
                 open_timeout=OPEN_TIMEOUT_S,
                 proxy=None,
             ) as upstream:
@@ -66,9 +67,10 @@ def forward_router(config: HostConfig) -> APIRouter:
 class _Forwarded(Response):
     """The controller's answer, passed on piece by piece while the connection to it is open."""
 
-    def __init__(self, config: HostConfig, method: str, path: str, content: bytes) -> None:
+    def __init__(self, config: HostConfig, tls: TlsMaker, method: str, path: str, content: bytes) -> None:
         super().__init__()
         self._config = config
+        self._tls = tls
         self._method = method
         self._path = path
         self._content = content
@@ -76,7 +78,7 @@ class _Forwarded(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with open_answer(
             *_controller(self._config),
-            bearer(self._config),
+            self._tls,
             self._method,
             self._path,
             self._content or None,

@@ -1,8 +1,9 @@
 """Who may come in: the outermost layer of the daemon's application.
 
-The local socket is readable by root alone, so whoever comes through it needs no proof. Over TCP a caller
-shows `Authorization: Bearer <host name>:<secret>`, the secret that a host and the controller share. A join
-is proven by its token instead. Requests that are too large are refused before their body is read.
+The local socket is readable by root alone, so whoever comes through it needs no proof. Over TCP a caller is
+who its certificate names: the handshake has verified it, and here it is asked whether it still opens
+anything. A join is proven by its token instead. Requests that are too large are refused before their body is
+read.
 
 Plain ASGI, because a commit passes through here while a VM stands still.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 from transhume.api.problem import CONTENT_TYPE, encode_problem
 from transhume.model.errors import Refused, TranshumeError, Unauthorized
+from transhume.trust.names import Peer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -25,13 +27,16 @@ MAX_BODY_BYTES = 1 << 20
 LOCAL = "transhume.local"
 """The key of the scope that marks a request as come through the local socket."""
 
+PEER = "transhume.peer"
+"""The key of the scope that holds the `Peer` of the connection's certificate; absent or None without one."""
+
 CALLER = "transhume.caller"
 """The key of the scope that holds the proven host name, or None for a local caller."""
 
-_OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock"})
-"""The first two are proven by a token instead, and the clock tells nothing that is not on every wire. A
-member passes what comes in by these paths on in its own name, whatever the method: none of them may mean
-more than that for another method.
+_OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock", "/v1/authority"})
+"""The first two are proven by a token instead; the clock tells nothing that is not on every wire, and the
+authority's certificate proves nobody. A member passes what comes in by these paths on in its own name, whatever
+the method: none of them may mean more than that for another method.
 """
 
 
@@ -47,19 +52,14 @@ def local(app: App) -> App:
 class Gate:
     """Lets requests through to `app` with their caller's name in the scope.
 
-    `authenticates` says whether a secret is a host's. Paths under /host/ are for the controller and for
-    local callers alone, which over TCP means: for whoever knows this host's own secret.
+    `admits` says whether a certificate, by its host and serial, opens anything: on a member, none but a
+    controller's does. Paths under /host/ are for controllers and for local callers alone.
     """
 
-    def __init__(
-        self,
-        app: App,
-        own_name: str,
-        authenticates: Callable[[str, str], bool],
-    ) -> None:
+    def __init__(self, app: App, own_name: str, admits: Callable[[Peer], bool]) -> None:
         self._app = app
         self._own_name = own_name
-        self._authenticates = authenticates
+        self._admits = admits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -67,7 +67,7 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
-            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], headers)
+            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER))
         except Unauthorized as error:
             await _refuse(scope, send, error, error.status)
             return
@@ -77,18 +77,19 @@ class Gate:
             return
         await self._app(scope, receive, send)
 
-    def _prove(self, path: str, headers: dict[bytes, bytes]) -> str:
+    def _prove(self, path: str, peer: Peer | None) -> str:
         if path in _OPEN_PATHS:
             return ""
-        scheme, _, proof = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        name, _, secret = proof.strip().partition(":")
-        if scheme.lower() != "bearer" or not self._authenticates(name, secret):
+        if peer is None:
+            raise Unauthorized(f"host {self._own_name} demands a certificate of its farm, and none was shown")
+        if not self._admits(peer):
             raise Unauthorized(
-                f"host {self._own_name} does not know this caller; was the farm set up anew? Join it again"
+                f"host {self._own_name} does not take the certificate of host {peer.host}: it was revoked, "
+                "or is not one of a controller; a host that was removed must join again"
             )
-        if path.startswith("/host/") and name != self._own_name:
+        if path.startswith("/host/") and not peer.controller:
             raise Unauthorized(f"only the controller may ask this of host {self._own_name}")
-        return name
+        return peer.host
 
 
 def _oversize(headers: dict[bytes, bytes]) -> tuple[TranshumeError, int] | None:

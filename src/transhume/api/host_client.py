@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
 
 from pydantic import TypeAdapter
 
@@ -27,6 +28,8 @@ from transhume.model.orders import (
     SourceFacts,
 )
 from transhume.model.vm import VmSpec, VmState
+from transhume.trust.credentials import Credentials
+from transhume.trust.names import server_name
 
 _VM_STATES: TypeAdapter[dict[str, VmState]] = TypeAdapter(dict[str, VmState])
 
@@ -36,14 +39,13 @@ START_TIMEOUT_S = 60.0
 
 
 class HostClient:
-    """Satisfies `HostLink`."""
+    """Satisfies `HostLink`. Whoever answers must show the certificate of this host."""
 
-    def __init__(self, name: str, address: str, port: int, secret: str) -> None:
+    def __init__(self, name: str, address: str, port: int, credentials: Credentials) -> None:
         self._target = (address, port)
         self._peer = f"host {name} at {authority(address, port)}"
-        # The secret is shared: the controller shows a host the host's own name and secret.
-        self._bearer = f"{name}:{secret}"
-        self._calls = HttpCalls(self._peer, self._target, "/host/v1", self._bearer)
+        self._tls = partial(credentials.client, server_name(name))
+        self._calls = HttpCalls(self._peer, self._target, "/host/v1", self._tls)
 
     async def ping(self) -> Pong:
         return await self._calls.ask("GET", "/ping", Pong, timeout_s=5.0)
@@ -77,7 +79,7 @@ class HostClient:
 
     def console(self, name: str, received: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         path = f"/host/v1/vms/{name}/console"
-        return join_console(self._peer, self._target, path, self._bearer, received)
+        return join_console(self._peer, self._target, path, self._tls, received)
 
     async def screendump(self, name: str) -> bytes:
         return await self._calls.send("GET", f"/vms/{name}/screendump")
@@ -125,17 +127,18 @@ class HostClient:
 class HostLinks:
     """The ways to all hosts, for the controller: its own host directly, the others over HTTP, kept open."""
 
-    def __init__(self, own_name: str, own: HostLink) -> None:
+    def __init__(self, own_name: str, own: HostLink, credentials: Credentials) -> None:
         self._own_name = own_name
         self._own = own
-        self._clients: dict[tuple[str, str, int, str], HostClient] = {}
+        self._credentials = credentials
+        self._clients: dict[tuple[str, str, int], HostClient] = {}
 
-    def __call__(self, host: Host, secret: str) -> HostLink:
+    def __call__(self, host: Host) -> HostLink:
         if host.name == self._own_name:
             return self._own
-        key = (host.name, host.address, host.port, secret)
+        key = (host.name, host.address, host.port)
         if key not in self._clients:
-            self._clients[key] = HostClient(*key)
+            self._clients[key] = HostClient(*key, self._credentials)
         return self._clients[key]
 
     async def close(self) -> None:

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from transhume.api.http_connection import HttpConnection, Target
+from transhume.api.http_connection import HttpConnection, Target, TlsMaker
 from transhume.api.problem import from_problem
 from transhume.model.errors import PeerProtocolError, Refused
 from transhume.model.vm import NAME_PATTERN
@@ -32,10 +32,10 @@ def part(name: str) -> str:
 class HttpCalls:
     """One daemon under one prefix. `peer` names it in errors. Calls may be made at the same time."""
 
-    def __init__(self, peer: str, target: Target, prefix: str, bearer: str | None = None) -> None:
+    def __init__(self, peer: str, target: Target, prefix: str, tls: TlsMaker | None = None) -> None:
         self.peer = peer
         self.target = target
-        self.headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        self.tls = tls
         self._prefix = prefix
         self._idle: list[HttpConnection] = []
 
@@ -63,7 +63,7 @@ class HttpCalls:
     ) -> bytes:
         """The answer as it came."""
         query = f"?{urlencode(params)}" if params else ""
-        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, self.headers)
+        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, {}, self.tls)
         try:
             status, content = await connection.request(
                 method, f"{self._prefix}{path}{query}", _encode(body), timeout_s

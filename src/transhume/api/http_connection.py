@@ -11,15 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import select
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h11
 
 from transhume.model.errors import HostLost, PeerProtocolError
+from transhume.trust.credentials import ClientTls, refusal
 
 Target = tuple[str, int] | Path
 """Where a daemon answers: an address and a port, or the path of its local socket."""
+
+TlsMaker = Callable[[], ClientTls]
+"""Asked at each new connection, so that a renewed certificate is used from then on."""
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_ANSWER_BYTES = 16 << 20
@@ -40,9 +45,12 @@ def content_type(body: bytes | None) -> dict[str, str]:
 class HttpConnection:
     """Requests to one daemon, one after the other, on one connection that is kept open in between."""
 
-    def __init__(self, peer: str, target: Target, headers: dict[str, str]) -> None:
+    def __init__(
+        self, peer: str, target: Target, headers: dict[str, str], tls: TlsMaker | None = None
+    ) -> None:
         self._peer = peer
         self._target = target
+        self._tls = tls
         host = "localhost" if isinstance(target, Path) else authority(*target)
         self._headers = {"Host": host, **headers}
         self._open: _Open | None = None
@@ -85,7 +93,12 @@ class HttpConnection:
                 if isinstance(self._target, Path):
                     streams = await asyncio.open_unix_connection(str(self._target))
                 else:
-                    streams = await asyncio.open_connection(*self._target)
+                    tls = self._tls() if self._tls is not None else None
+                    streams = await asyncio.open_connection(
+                        *self._target,
+                        ssl=tls.context if tls else None,
+                        server_hostname=tls.server_name if tls else None,
+                    )
             self._open = _Open(*streams)
         return self._open
 
@@ -94,6 +107,8 @@ class HttpConnection:
         """The errors of sockets and of the protocol in this project's words."""
         try:
             yield
+        except ssl.SSLError as error:
+            raise refusal(error, self._peer) from error
         except h11.RemoteProtocolError as error:
             if self._open is not None and self._open.cut_off():
                 raise HostLost(f"{self._peer} does not answer (it closed the connection)") from error
@@ -164,7 +179,9 @@ class _Open:
         return bool(poll.poll(0))
 
     async def close(self) -> None:
-        """Drop what was not sent yet: a request that was given up must not arrive later."""
+        """Drop what was not sent yet: a request that was given up must not arrive later. TLS's own farewell
+        would wait for the other end's, and HTTP needs none.
+        """
         self._writer.transport.abort()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()

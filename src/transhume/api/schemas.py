@@ -10,10 +10,12 @@ from transhume.model.finding import Finding
 from transhume.model.host import HostInventory
 from transhume.model.migration import MigrationOptions
 from transhume.model.vm import NAME_PATTERN, Ownership, VmSpec, VmState
+from transhume.trust.names import MAX_PEM_BYTES
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 MigrationId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Lines = Annotated[int, Field(ge=1, le=10_000)]
+Pem = Annotated[str, Field(max_length=MAX_PEM_BYTES)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -24,18 +26,22 @@ class Body(BaseModel):
 
 
 class JoinRequest(Body):
-    """A server asks to become a member; its daemon will answer at `address`:`port`."""
+    """A server asks to become a member; its daemon will answer at `address`:`port`.
 
-    token: str = Field(max_length=200)
+    `secret` is the middle part of a token, `request` what its first certificate is made from.
+    """
+
+    secret: str = Field(max_length=200)
     name: Name
     address: str = Field(min_length=1, max_length=253, pattern=r"^[0-9A-Za-z.:\-]+$")
     port: int = Field(ge=1, le=65535)
+    request: Pem
 
 
 class JoinPreviewRequest(Body):
     """A server asks what its joining would change. The token is looked at and stays good."""
 
-    token: str = Field(max_length=200)
+    secret: str = Field(max_length=200)
     name: Name
     inventory: HostInventory
 
@@ -55,7 +61,20 @@ class ClockAnswer(BaseModel):
 
 
 class InviteRequest(Body):
+    """`only_for` is a member that shall join once more, to get a new certificate."""
+
     ttl_s: float | None = Field(default=None, gt=0, le=30 * 86400)
+    only_for: Name | None = None
+
+
+class RenewRequest(Body):
+    request: Pem
+
+
+class AuthorityText(Body):
+    """The certificate of the farm's authority. Whoever joins compares it with its token."""
+
+    certificate: Pem
 
 
 class CreateVmRequest(Body):

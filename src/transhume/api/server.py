@@ -6,14 +6,19 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from transhume.api.gate import App, local
+from transhume.api.gate import PEER, App, Receive, Scope, Send, local
 from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, Refused
+from transhume.trust.names import peer_of
+from transhume.trust.telling import TellingSSLObject
 
 KEEP_ALIVE_S = 3600
 """A mover's connection must still be warm when it commits, which may be long after its last request."""
@@ -29,26 +34,63 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(app: App, config: HostConfig, ready: asyncio.Event, stop: asyncio.Event) -> None:
-    """Answer at `config.address`:`config.port` and at `config.api_socket` until `stop` is set.
+def _proven(app: App, transport: asyncio.BaseTransport) -> App:
+    """`app`, told in each request's scope whose certificate the connection has shown."""
+    peer = peer_of(transport.get_extra_info("ssl_object"))
+
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[PEER] = peer
+        await app(scope, receive, send)
+
+    return told
+
+
+class _ProvenHttp(H11Protocol):
+    """Uvicorn's own protocol, but for the certificate, which it keeps to itself."""
+
+    def connection_made(  # type: ignore[override]
+        self, transport: asyncio.Transport
+    ) -> None:
+        super().connection_made(transport)
+        self.app = _proven(self.app, transport)
+
+
+class _ProvenWebSocket(WebSocketsSansIOProtocol):
+    """The same for WebSockets."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.app = _proven(self.app, transport)
+
+
+async def serve(
+    app: App, config: HostConfig, tls: ssl.SSLContext, ready: asyncio.Event, stop: asyncio.Event
+) -> None:
+    """Answer at `config.address`:`config.port`, over `tls` alone, and at `config.api_socket` until `stop`.
 
     `ready` is set when both accept connections. Raises `Conflict` when another daemon answers at either
     place and `Refused` when the address is not this machine's; nothing is left open then. Streams end when
     the controller closes, so close it before or soon after setting `stop`.
     """
+    tls.sslobject_class = TellingSSLObject
     with contextlib.ExitStack() as sockets:
         wide = sockets.enter_context(_tcp_socket(config.address, config.port))
         near = sockets.enter_context(_local_socket(config.api_socket))
         try:
-            await _serve_both(app, wide, near, ready, stop)
+            await _serve_both(app, tls, wide, near, ready, stop)
         finally:
             config.api_socket.unlink(missing_ok=True)
 
 
 async def _serve_both(
-    app: App, wide: socket.socket, near: socket.socket, ready: asyncio.Event, stop: asyncio.Event
+    app: App,
+    tls: ssl.SSLContext,
+    wide: socket.socket,
+    near: socket.socket,
+    ready: asyncio.Event,
+    stop: asyncio.Event,
 ) -> None:
-    servers = {_server(app): wide, _server(local(app)): near}
+    servers = {_server(app, tls): wide, _server(local(app), None): near}
     running = [
         asyncio.create_task(server.serve(sockets=[listening]), name="api")
         for server, listening in servers.items()
@@ -66,7 +108,7 @@ async def _serve_both(
         await asyncio.gather(*running)
 
 
-def _server(app: App) -> _Server:
+def _server(app: App, tls: ssl.SSLContext | None) -> _Server:
     return _Server(
         uvicorn.Config(
             app,
@@ -77,10 +119,11 @@ def _server(app: App) -> _Server:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,
-            ws="websockets-sansio",
+            ws=_ProvenWebSocket if tls is not None else WebSocketsSansIOProtocol,
             ws_max_size=1 << 20,
             ws_per_message_deflate=False,
-            http="h11",
+            http=_ProvenHttp if tls is not None else H11Protocol,
+            ssl_context_factory=None if tls is None else lambda _config, _default: tls,
             loop="asyncio",
         )
     )

@@ -21,6 +21,7 @@ from transhume.api.client import FarmClient
 from transhume.cli.session import words_of
 from transhume.host.config import HostConfig
 from transhume.model.errors import HostLost, Refused, TimedOut, TranshumeError
+from transhume.trust.files import IdentityFiles
 
 START_LIMIT_S = 30.0
 STOP_LIMIT_S = 20.0
@@ -50,9 +51,13 @@ def read_config(state_dir: Path) -> HostConfig | None:
         ) from error
 
 
-def write_config(config: HostConfig) -> None:
-    """Write `host.json`, for root alone because of the secret, so that it is there whole or not at all."""
+def make_state_dir(config: HostConfig) -> None:
     config.state_dir.mkdir(mode=STATE_DIR_MODE, parents=True, exist_ok=True)
+
+
+def write_config(config: HostConfig) -> None:
+    """Write `host.json`, so that it is there whole or not at all."""
+    make_state_dir(config)
     path = config_file(config.state_dir)
     draft = path.with_suffix(".json.new")
     draft.unlink(missing_ok=True)
@@ -67,6 +72,7 @@ def write_config(config: HostConfig) -> None:
 def remove_config(state_dir: Path, folder_was_made: bool) -> None:
     """Undo a set-up that failed: the configuration, and the folder if nothing else was put there."""
     config_file(state_dir).unlink(missing_ok=True)
+    IdentityFiles(state_dir).remove()
     if not folder_was_made:
         return
     for name in ("daemon.log", "farm.sqlite", "farm.sqlite-wal"):

@@ -17,6 +17,7 @@ from transhume.farm.baseline import FarmBaseline
 from transhume.host.config import DEFAULT_PORT, DEFAULT_VM_USER, HostConfig
 from transhume.host.doctor.subject import Subject
 from transhume.model.finding import Finding, Level
+from transhume.trust.token import Token
 
 EXIT_UNFIT = 2
 
@@ -56,7 +57,7 @@ def doctor(
         findings = examine_alone(subject)
     else:
         wanted = known.name if known else name or daemon_process.own_name()
-        findings = examine_towards(subject, Candidate(wanted, token))
+        findings = examine_towards(subject, Candidate(wanted, Token.parse(token) if token else None))
     errors = [finding for finding in findings if finding.level is Level.ERROR]
     if current.as_json:
         say_json({"fit": not errors, "findings": plain(findings)})

@@ -13,21 +13,25 @@ from rich.table import Table
 from rich.text import Text
 
 from transhume.api.client import FarmClient
+from transhume.api.http_connection import TlsMaker
 from transhume.host.doctor import clock
 from transhume.host.doctor.subject import Subject
-from transhume.model.errors import NotFound, Refused, TranshumeError, Unauthorized
+from transhume.model.errors import HostLost, NotFound, Refused, TranshumeError, Unauthorized
 from transhume.model.finding import Finding, Level, error, note
 from transhume.model.host import HostInventory
+from transhume.trust.credentials import joining, unproven
+from transhume.trust.names import CONTROLLER_NAME
+from transhume.trust.token import Token
 
 _STYLES = {Level.OK: "green", Level.NOTE: "", Level.WARNING: "yellow", Level.ERROR: "bold red"}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A server that would join as `name`, with a token that may be empty: then the farm tells nothing."""
+    """A server that would join as `name`. Without a token the farm tells nothing."""
 
     name: str
-    token: str
+    token: Token | None
 
 
 def examine_alone(subject: Subject) -> list[Finding]:
@@ -85,8 +89,23 @@ async def _examine(subject: Subject, candidate: Candidate | None) -> list[Findin
         if candidate is None or subject.controller is None:
             return [*examined.findings, *clock.judge(clock.ClockFacts(clock.synchronized()))]
         progress("the farm")
-        async with FarmClient(subject.controller) as farm:
+        try:
+            tls = await _tls_to(subject.controller, candidate.token)
+        except HostLost as failure:
+            return [*examined.findings, _not_asked(failure)]
+        async with FarmClient(subject.controller, tls) as farm:
             return [*examined.findings, *await _ask(farm, candidate, examined.inventory)]
+
+
+async def _tls_to(controller: tuple[str, int], token: Token | None) -> TlsMaker:
+    """The token proves who the controller is. Without one it is believed, as far as the time goes."""
+    if token is None:
+        return unproven
+    # Loaded here: `transhume doctor` without a farm needs nothing of it.
+    from transhume.api.joining import authority_of
+
+    authority_pem = await authority_of(controller, token)
+    return lambda: joining(authority_pem, CONTROLLER_NAME)
 
 
 async def _ask(farm: FarmClient, candidate: Candidate, inventory: HostInventory | None) -> list[Finding]:
@@ -99,10 +118,14 @@ async def _ask(farm: FarmClient, candidate: Candidate, inventory: HostInventory 
         unknown = clock.judge(clock.ClockFacts(clock.synchronized()))
         return [*unknown, note("farm", "the controller is of an older release and tells nothing of the farm")]
     except TranshumeError as failure:
-        mend = "look at its daemon (`transhume status` there)"
-        return [error("farm", f"the controller was not asked: {failure.message}", mend)]
+        return [_not_asked(failure)]
     apart_s, error_s = clock.offset(asked_at_s, time.time(), told_s)
     findings = clock.judge(clock.ClockFacts(clock.synchronized(), apart_s, error_s))
-    if candidate.token and inventory is not None:
-        findings += await farm.preview_join(candidate.token, candidate.name, inventory)
+    if candidate.token is not None and inventory is not None:
+        findings += await farm.preview_join(candidate.token.secret, candidate.name, inventory)
     return findings
+
+
+def _not_asked(failure: TranshumeError) -> Finding:
+    mend = "look at its daemon (`transhume status` there)"
+    return error("farm", f"the controller was not asked: {failure.message}", mend)

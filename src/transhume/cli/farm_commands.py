@@ -1,12 +1,15 @@
-"""Hosts: `up`, `join`, `down`, `token`, `hosts`, `forget`, `status`."""
+"""Hosts: `up`, `join`, `down`, `token`, `hosts`, `host remove`, `status`."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
-import secrets
 import shlex
+import sys
+import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +26,11 @@ from transhume.farm.members import Invitation
 from transhume.host.config import DEFAULT_PORT, DEFAULT_VM_USER, HostConfig
 from transhume.host.doctor.subject import Subject
 from transhume.model.errors import Conflict, NotFound, Refused, TranshumeError, Unauthorized
+from transhume.trust.credentials import Credentials, unproven
+from transhume.trust.names import CONTROLLER_NAME
+from transhume.trust.token import Token
+
+host_app = typer.Typer(name="host", help="One host of the farm.", no_args_is_help=True)
 
 NameOption = Annotated[str | None, typer.Option("--name", help="This host's name; default: its host name.")]
 AddressOption = Annotated[
@@ -85,7 +93,9 @@ def up(
 def join(
     context: typer.Context,
     controller: Annotated[str, typer.Argument(metavar="ADDRESS[:PORT]", help="The controller's host.")],
-    token: Annotated[str, typer.Option("--token", help="What `up` or `token` printed there.")],
+    token: Annotated[
+        str, typer.Option("--token", help="What `up` or `token` printed there; `-`: read it from stdin.")
+    ],
     name: NameOption = None,
     address: AddressOption = None,
     also_address: AlsoOption = None,
@@ -94,32 +104,41 @@ def join(
     despite_findings: DespiteFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Make this server a host of the farm whose controller is at ADDRESS."""
+    """Make this server a host of the farm whose controller is at ADDRESS.
+
+    On a host of that farm, with a token of `token --host`: give it a new key and certificate.
+    """
     current = session(context, as_json)
     demand_root()
+    given = Token.parse(sys.stdin.readline().strip() if token == "-" else token)
+    target = split_address(controller)
     known = daemon_process.read_config(current.state_dir)
     if known is not None:
-        raise Conflict(
-            f"this server is set up as host {known.name} already; `transhume up` starts its daemon, "
-            "another --state-dir makes a second host"
-        )
-    target = split_address(controller)
+        _demand_same(known, name, address, also_address)
+        asyncio.run(_enter_again(known, target, given))
+        _tell_joined(current, known, target)
+        return
     folder_was_made = not current.state_dir.exists()
     own = address or daemon_process.own_address(*target)
     draft = _new_config(current.state_dir, name, own, port, vm_user, also_address)
     asyncio.run(_demand_controller(target))
-    candidate = Candidate(draft.name, token)
+    candidate = Candidate(draft.name, given)
     demand_fit(examine_towards(_subject(draft, target), candidate), despite_findings, "join the farm")
-    asyncio.run(_enter(draft, target, token, folder_was_made))
+    asyncio.run(_enter(draft, target, given, folder_was_made))
+    _tell_joined(current, draft, target)
+
+
+def _tell_joined(current: Session, config: HostConfig, target: tuple[str, int]) -> None:
     if current.as_json:
-        say_json({"name": draft.name, "address": own, "port": port, "controller": authority(*target)})
+        answer = {"name": config.name, "address": config.address, "port": config.port}
+        say_json({**answer, "controller": authority(*target)})
     else:
-        say(f"host {draft.name} has joined the farm of the controller at {authority(*target)}")
+        say(f"host {config.name} has joined the farm of the controller at {authority(*target)}")
 
 
 async def _demand_controller(target: tuple[str, int]) -> None:
     """Raise `HostLost` at once when nobody answers: then there is nothing to examine this server for."""
-    async with FarmClient(target) as controller:
+    async with FarmClient(target, unproven) as controller:
         try:
             await controller.clock_s()
         except (NotFound, Unauthorized):
@@ -136,17 +155,35 @@ def _subject(config: HostConfig, controller: tuple[str, int] | None) -> Subject:
     )
 
 
-async def _enter(draft: HostConfig, target: tuple[str, int], token: str, folder_was_made: bool) -> None:
+async def _enter_again(known: HostConfig, target: tuple[str, int], token: Token) -> None:
+    """A host of the farm gets a new key and certificate; its VMs and movers are not touched."""
+    from transhume.api.joining import join_farm
+
+    set_up = f"this server is set up as host {known.name} already"
+    if known.carries_controller:
+        raise Conflict(f"{set_up}, and carries the controller; another --state-dir makes a second host")
+    if not known.files.is_of(token.fingerprint):
+        raise Conflict(f"{set_up}, of another farm; another --state-dir makes a second host")
+    config = known.model_copy(update={"controller_address": target[0], "controller_port": target[1]})
+    await join_farm(target, token, config)
+    daemon_process.write_config(config)
+    await asyncio.to_thread(daemon_process.stop, config)
+    await asyncio.to_thread(daemon_process.start, config)
+    await daemon_process.wait_until_member(config)
+
+
+async def _enter(draft: HostConfig, target: tuple[str, int], token: Token, folder_was_made: bool) -> None:
     """Join, start the daemon, and wait until the controller has heard from it; or leave nothing behind."""
-    async with FarmClient(target) as controller:
-        joined = await controller.join(token, draft.name, draft.address, draft.port)
-    config = draft.model_copy(
-        update={
-            "secret": joined.secret,
-            "controller_address": target[0],
-            "controller_port": target[1],
-        }
-    )
+    # Loaded here: making a key takes a library that no other command needs.
+    from transhume.api.joining import join_farm
+
+    config = draft.model_copy(update={"controller_address": target[0], "controller_port": target[1]})
+    try:
+        daemon_process.make_state_dir(config)
+        await join_farm(target, token, config)
+    except BaseException:
+        daemon_process.remove_config(config.state_dir, folder_was_made)
+        raise
     try:
         daemon_process.write_config(config)
         await asyncio.to_thread(daemon_process.start, config)
@@ -158,14 +195,12 @@ async def _enter(draft: HostConfig, target: tuple[str, int], token: str, folder_
 
 async def _leave(config: HostConfig, folder_was_made: bool) -> None:
     await asyncio.to_thread(daemon_process.stop, config)
-    daemon_process.remove_config(config.state_dir, folder_was_made)
-    bearer = f"{config.name}:{config.secret}"
-    async with FarmClient((config.controller_address, config.controller_port), bearer) as client:
-        try:
+    tls = partial(Credentials(config.files).client, CONTROLLER_NAME)
+    async with FarmClient((config.controller_address, config.controller_port), tls) as client:
+        # If it fails, the controller keeps a member that never reported, until one joins under its name.
+        with suppress(TranshumeError):
             await client.remove_host(config.name)
-        except TranshumeError:
-            # The controller keeps a member that never reported; joining again under its name replaces it.
-            return
+    daemon_process.remove_config(config.state_dir, folder_was_made)
 
 
 def down(context: typer.Context, as_json: JsonFlag = False) -> None:
@@ -182,10 +217,17 @@ def down(context: typer.Context, as_json: JsonFlag = False) -> None:
         say(f"the daemon of host {config.name} {'has stopped; its VMs go on' if ran else 'was not running'}")
 
 
-def token(context: typer.Context, as_json: JsonFlag = False) -> None:
+def token(
+    context: typer.Context,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="For this host of the farm to join once more, with a new key."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Print a new token with which one more host may join."""
     current = session(context, as_json)
-    invitation = current.call(lambda client: client.invite())
+    invitation = current.call(lambda client: client.invite(only_for=host))
     config = daemon_process.read_config(current.state_dir)
     if current.as_json or config is None:
         say_json(invitation)
@@ -200,21 +242,24 @@ def hosts(context: typer.Context, as_json: JsonFlag = False) -> None:
     if current.as_json:
         say_json(list(found))
     else:
-        show(hosts_table(found))
+        show(hosts_table(found, time.time()))
 
 
-def forget(
+def remove(
     context: typer.Context,
     host: Annotated[str, typer.Argument(help="A host that owns no VM.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Remove a host from the farm."""
+    """Remove a host from the farm. From then on its certificate opens nothing."""
     current = session(context, as_json)
     current.call(lambda client: client.remove_host(host))
     if current.as_json:
         say_json({"name": host})
     else:
         say(f"host {host} is no longer a member of the farm")
+
+
+host_app.command("remove")(remove)
 
 
 def status(context: typer.Context, as_json: JsonFlag = False) -> None:
@@ -260,7 +305,6 @@ def _new_config(
             # Towards a documentation address: nothing is sent, the kernel only names the interface.
             address=address or daemon_process.own_address("192.0.2.1", port),
             port=port,
-            secret=secrets.token_hex(32),
             vm_user=vm_user,
             other_addresses=tuple(also_address or ()),
         )

@@ -16,6 +16,9 @@ from transhume.model.vm import PAGE_BYTES, Vm
 
 _MIB = 1 << 20
 
+_CERTIFICATE_SHORT_S = 9 * 86400
+"""A host renews when ten days are left: with less it could not."""
+
 _DOWNTIME_PARTS = (
     ("stop", "stop_ms"),
     ("last pages", "last_pages_ms"),
@@ -48,15 +51,18 @@ def ms_in_words(duration_ms: float) -> str:
     return f"{duration_ms / 1000:.1f} s"
 
 
-def hosts_table(hosts: list[HostStatus]) -> Table:
+def hosts_table(hosts: list[HostStatus], now_s: float) -> Table:
+    """`now_s`: a certificate that should have been renewed by then is told."""
     table = _table("HOST", "STATE", "ADDRESS", "CPUS", "MEMORY FREE", "QEMU", "KERNEL", "KVM", "MOVES", "VMS")
     for host in hosts:
         inventory = host.inventory
         seen = f"silent for {host.seen_ago_s:.0f} s" if host.silent else "up"
+        short = _certificate_short(host, now_s)
+        seen += short
         free = f"{inventory.memory_available_bytes // _MIB} of {inventory.memory_bytes // _MIB} MiB"
         table.add_row(
             host.name + ("*" if host.controller else ""),
-            Text(seen, style="red" if host.silent else "green"),
+            Text(seen, style="red" if host.silent or short else "green"),
             f"{host.address}:{host.port}",
             str(inventory.cpus),
             free,
@@ -70,6 +76,13 @@ def hosts_table(hosts: list[HostStatus]) -> Table:
         table.caption = "* carries the controller"
         table.caption_justify = "left"
     return table
+
+
+def _certificate_short(host: HostStatus, now_s: float) -> str:
+    left_s = host.certificate_expires_at_s - now_s
+    if host.certificate_expires_at_s == 0 or left_s > _CERTIFICATE_SHORT_S:
+        return ""
+    return f"; certificate ends in {left_s / 86400:.1f} days" if left_s > 0 else "; certificate has ended"
 
 
 def vms_table(vms: list[Vm]) -> Table:

@@ -24,7 +24,7 @@ from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, TranshumeError
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed, SwapReply
 from transhume.model.vm import Ownership, VmState
 from transhume.store.interface import Store
 
@@ -95,6 +95,10 @@ class Controller:
 
     async def report(self, update: MigrationUpdate) -> None:
         await self.migrations.report(update)
+
+    async def renew(self, host: str, request_pem: str, shown_serial: str = "") -> Renewed:
+        """The next certificate of a member that has shown the one with this serial."""
+        return await self.members.renew(host, request_pem, shown_serial)
 
     async def heartbeat(
         self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]

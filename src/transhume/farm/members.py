@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from transhume.farm.authority import FarmAuthority
 from transhume.farm.host_link import HostLink
 from transhume.farm.limits import Limits
 from transhume.farm.records import (
@@ -26,19 +24,27 @@ from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, HostLost, NotFound, Unauthorized
 from transhume.model.host import Host, HostInventory
 from transhume.model.migration import Outcome
+from transhume.model.orders import Renewed
 from transhume.model.vm import VmState
+from transhume.trust.token import Token, hash_of
+
+_KEPT_CERTIFICATES = 3
 
 
 class Links(Protocol):
-    """How the controller reaches a host: by HTTP with their shared secret, or directly on its own machine."""
+    """How the controller reaches a host: over the network, or directly on its own machine."""
 
-    def __call__(self, host: Host, secret: str) -> HostLink: ...
+    def __call__(self, host: Host) -> HostLink: ...
 
 
 class HostStatus(Host):
-    """A host with what the controller knows of it at this moment. `silent`: it was not heard from lately."""
+    """A host with what the controller knows of it at this moment. `silent`: it was not heard from lately.
+
+    `certificate_expires_at_s` is when the newest certificate that it was given ends.
+    """
 
     silent: bool
+    certificate_expires_at_s: float = 0.0
     seen_ago_s: float
     vms: tuple[str, ...] = ()
 
@@ -53,12 +59,13 @@ class Invitation(BaseModel):
 
 
 class Joined(BaseModel):
-    """What a new member takes home: the secret that it and the controller share."""
+    """What a new member takes home; `controller` is the name of the host that let it in."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
-    secret: str
+    certificate: str
+    authority: str
     controller: str
 
 
@@ -78,13 +85,17 @@ class Members:
         self._own = own
         self._clock_s = clock_s
         self._limits = limits
+        self._authority: FarmAuthority | None = None
         self._hosts: dict[str, HostRecord] = {}
         self._seen_at_s: dict[str, float] = {}
         self._inventories: dict[str, HostInventory] = {}
         self._vm_states: dict[str, dict[str, VmState]] = {}
 
     async def start(self) -> None:
-        """Read the members, and enter the controller's own host under the name and address of its config."""
+        """Read the members and the authority, which is made for a new farm. Enter the controller's own host
+        under the name and address of its config.
+        """
+        self._authority = await FarmAuthority.open(self._records, self._clock_s())
         for kept in await self._records.hosts():
             self._hosts[kept.record.name] = kept.record
         known = self._hosts.get(self._own.name)
@@ -92,8 +103,8 @@ class Members:
             name=self._own.name,
             address=self._own.address,
             port=self._own.port,
-            secret=self._own.secret,
             joined_at_s=known.joined_at_s if known else self._clock_s(),
+            certificates=known.certificates if known else (),
             controller=True,
             inventory=known.inventory if known else None,
         )
@@ -101,62 +112,130 @@ class Members:
             await self._records.store.transact(puts={host_key(record.name): encode(record)})
             self._hosts[record.name] = record
 
-    def authenticates(self, name: str, secret: str) -> bool:
-        """Whether `secret` is the one that host `name` shares with the controller, in constant time."""
-        known = self._hosts.get(name)
-        expected = known.secret if known else secrets.token_hex(32)
-        return hmac.compare_digest(expected.encode(), secret.encode()) and known is not None
+    @property
+    def authority(self) -> FarmAuthority:
+        """The farm's authority. After `start`."""
+        assert self._authority is not None
+        return self._authority
 
-    async def invite(self, ttl_s: float | None = None) -> Invitation:
-        """Make a token with which one host may join within `ttl_s`."""
-        token = secrets.token_urlsafe(24)
+    def admits(self, name: str, serial: str) -> bool:
+        """Whether the certificate with this serial is one that host `name` may show now."""
+        known = self._hosts.get(name)
+        return known is not None and any(each.serial == serial for each in known.certificates)
+
+    async def invite(self, ttl_s: float | None = None, only_for: str = "") -> Invitation:
+        """Make a token with which one host may join within `ttl_s`.
+
+        With `only_for`, the name of a member, it lets that member in once more, to get a new certificate in
+        place of all that it had. Raises `NotFound` when there is none.
+        """
+        if only_for and only_for not in self._hosts:
+            raise NotFound(f"the farm has no host {only_for}; `transhume hosts` lists its members")
+        token = Token.make(self.authority.fingerprint)
         now_s = self._clock_s()
         expires_at_s = now_s + (self._limits.token_ttl_s if ttl_s is None else ttl_s)
         expired = [kept.key for kept in await self._records.tokens() if kept.record.expires_at_s <= now_s]
+        record = TokenRecord(expires_at_s=expires_at_s, only_for=only_for)
         await self._records.store.transact(
-            puts={token_key(_hash(token)): encode(TokenRecord(expires_at_s=expires_at_s))}, deletes=expired
+            puts={token_key(hash_of(token.secret)): encode(record)}, deletes=expired
         )
-        return Invitation(token=token, expires_at_s=expires_at_s)
+        return Invitation(token=str(token), expires_at_s=expires_at_s)
 
-    async def join(self, token: str, name: str, address: str, port: int) -> Joined:
-        """Use up a token and enter a new member.
+    async def join(self, secret: str, name: str, address: str, port: int, request_pem: str) -> Joined:
+        """Use up a token, of which this is the secret, and enter a new member with its first certificate.
 
-        Raises `Unauthorized` for a token that is wrong, used or expired, and `Conflict` for a name that is
-        taken; the token can be used again then. A host whose daemon never reported may join again.
+        Raises `Unauthorized` for a token that is wrong, used or expired, `Conflict` for a name that is taken
+        and `Refused` for a request that is not sound; the token can be used again then. A host whose daemon
+        never reported may join again.
         """
-        kept_token = await self.valid_token(token)
+        kept_token = await self.valid_token(secret, name)
         known = await self._records.host(name)
-        if known is not None and (known.record.controller or known.record.inventory is not None):
-            raise Conflict(f"the farm has a host {name} already; choose another name with --name")
+        self._demand_may_join(name, known, again=bool(kept_token.record.only_for))
+        certificate, noted = self.authority.issue(name, request_pem, self._clock_s(), controller=False)
+        before = known.record if known and kept_token.record.only_for else None
         record = HostRecord(
             name=name,
             address=address,
             port=port,
-            secret=secrets.token_hex(32),
-            joined_at_s=self._clock_s(),
+            joined_at_s=before.joined_at_s if before else self._clock_s(),
+            certificates=(noted,),
+            inventory=before.inventory if before else None,
         )
+        used = kept_token.record.model_copy(update={"used_by": name})
         done = await self._records.store.transact(
             compares=[kept_token.unchanged, known.unchanged if known else absent(host_key(name))],
-            puts={host_key(name): encode(record)},
-            deletes=[kept_token.key],
+            puts={host_key(name): encode(record), kept_token.key: encode(used)},
         )
         if done is None:
             raise Conflict(f"another host joined at the same moment with this token or as {name}; try again")
         self._hosts[name] = record
-        return Joined(name=name, secret=record.secret, controller=self._own.name)
+        return Joined(
+            name=name,
+            certificate=certificate,
+            authority=self.authority.certificate_pem,
+            controller=self._own.name,
+        )
 
-    async def valid_token(self, token: str) -> Kept[TokenRecord]:
-        """The record of a token with which a host may join now. `Unauthorized` for any other."""
-        kept = await self._records.token(_hash(token))
-        if kept is None or kept.record.expires_at_s <= self._clock_s():
+    async def renew(self, name: str, request_pem: str, shown_serial: str = "") -> Renewed:
+        """A member's next certificate. The one that it has shown, of this serial, holds on until it ends.
+
+        Raises `NotFound` for a stranger and `Refused` for a request that is not sound.
+        """
+        kept = await self._records.host(name)
+        if kept is None:
+            raise NotFound(f"host {name} is not a member of this farm; let it join again")
+        now_s = self._clock_s()
+        certificate, noted = self.authority.issue(name, request_pem, now_s, controller=kept.record.controller)
+        # An answer may be lost: a host must not lock itself out by asking again and again.
+        newest = kept.record.certificates[-_KEPT_CERTIFICATES:]
+        held = tuple(
+            each
+            for each in kept.record.certificates
+            if (each in newest or each.serial == shown_serial) and each.expires_at_s > now_s
+        )
+        record = kept.record.model_copy(update={"certificates": (*held, noted)})
+        done = await self._records.store.transact(
+            compares=[kept.unchanged], puts={host_key(name): encode(record)}
+        )
+        if done is None:
+            raise Conflict(f"the record of host {name} changed at the same moment; try again")
+        self._hosts[name] = record
+        return Renewed(certificate=certificate, authority=self.authority.certificate_pem)
+
+    async def valid_token(self, secret: str, name: str) -> Kept[TokenRecord]:
+        """The record of a token with which host `name` may join now. `Unauthorized` for any other."""
+        kept = await self._records.token(hash_of(secret))
+        new_one = f"`transhume token` on {self._own.name} prints a new one"
+        if kept is None:
+            raise Unauthorized(f"the farm does not know this token; {new_one}")
+        if kept.record.used_by:
             raise Unauthorized(
-                "the token is wrong, was used or has expired; "
-                f"`transhume token` on {self._own.name} prints a new one"
+                f"the token was used already, by host {kept.record.used_by}; {new_one}. If that host is not "
+                f"yours, take it out with `transhume host remove {kept.record.used_by}`"
             )
+        if kept.record.expires_at_s <= self._clock_s():
+            raise Unauthorized(f"the token has expired; {new_one}")
+        if kept.record.only_for and kept.record.only_for != name:
+            raise Unauthorized(f"the token is for host {kept.record.only_for} and no other; {new_one}")
         return kept
 
+    @staticmethod
+    def _demand_may_join(name: str, known: Kept[HostRecord] | None, again: bool) -> None:
+        if known is None or (again and not known.record.controller):
+            return
+        if known.record.controller:
+            raise Conflict(f"host {name} carries the controller and cannot join its own farm")
+        if known.record.inventory is not None:
+            raise Conflict(
+                f"the farm has a host {name} already; choose another name with --name, or, if it is this "
+                f"host, let `transhume token --host {name}` print its command"
+            )
+
     async def remove(self, name: str) -> None:
-        """Forget a member. `Conflict` for the controller's own host, and for one that owns or moves VMs."""
+        """Forget a member. From this moment on its certificates open nothing any more.
+
+        Raises `Conflict` for the controller's own host, and for one that owns or moves VMs.
+        """
         kept = await self._records.host(name)
         if kept is None:
             raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
@@ -180,7 +259,8 @@ class Members:
             raise Conflict(
                 f"host {name} has a part in the migration of {', '.join(sorted(moving))}; wait for its end"
             )
-        await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key])
+        if await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key]) is None:
+            raise Conflict(f"the record of host {name} changed at the same moment; try again")
         for memory in (self._hosts, self._seen_at_s, self._inventories, self._vm_states):
             memory.pop(name, None)
 
@@ -220,7 +300,7 @@ class Members:
 
     def link(self, name: str) -> HostLink:
         """The way to a member. Raises as `host` does."""
-        return self._links(self.host(name), self._hosts[name].secret)
+        return self._links(self.host(name))
 
     def silent(self, name: str) -> bool:
         seen_at_s = self._seen_at_s.get(name)
@@ -262,12 +342,9 @@ class Members:
             inventory=inventory,
             silent=self.silent(name),
             seen_ago_s=max(0.0, self._clock_s() - seen_at_s),
+            certificate_expires_at_s=record.certificates[-1].expires_at_s if record.certificates else 0.0,
             vms=vms,
         )
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _equipment(inventory: HostInventory) -> HostInventory:

@@ -1,10 +1,11 @@
 """The farm's records in the store: their keys, their JSON, and the revision each was read at.
 
-hosts/<name>        HostRecord    a member, with the secret that it and the controller share
-tokens/<sha256>     TokenRecord   one invitation to join, under the hash of the token
-vms/<name>          VmRecord      what the owner asked for, the migration under way and the one that waits
-ownership/<vm>      Ownership     the register: who may run the VM
-migrations/<id>     Migration     what was asked, how far it is, what came of it
+authority           AuthorityRecord   the farm's authority with its key: whoever reads it can make hosts
+hosts/<name>        HostRecord        a member, and which certificates it may show
+tokens/<sha256>     TokenRecord       one invitation to join, under the hash of the token
+vms/<name>          VmRecord          what the owner asked for, the migration under way and the one that waits
+ownership/<vm>      Ownership         the register: who may run the VM
+migrations/<id>     Migration         what was asked, how far it is, what came of it
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from transhume.model.errors import StoreError
 from transhume.model.host import HostInventory
@@ -21,26 +22,53 @@ from transhume.model.vm import Ownership, VmSpec
 from transhume.store.interface import ABSENT, Compare, Entry, Store
 
 
+class AuthorityRecord(BaseModel):
+    """The farm's authority: made with the farm, once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    farm: str
+    key_pem: str = Field(repr=False)
+    certificate_pem: str
+
+
+class CertificateRecord(BaseModel):
+    """A certificate that was issued to a host, the newest last; `serial` is its number in hex."""
+
+    model_config = ConfigDict(frozen=True)
+
+    serial: str
+    expires_at_s: float
+
+
 class HostRecord(BaseModel):
-    """A member of the farm. `inventory` is None until its daemon first reported."""
+    """A member of the farm. `inventory` is None until its daemon first reported.
+
+    A certificate that is not among `certificates` opens nothing any more, whoever signed it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     address: str
     port: int
-    secret: str
     joined_at_s: float
+    certificates: tuple[CertificateRecord, ...] = ()
     controller: bool = False
     inventory: HostInventory | None = None
 
 
 class TokenRecord(BaseModel):
-    """An invitation that one host may use once, before `expires_at_s`."""
+    """An invitation that one host may use once, before `expires_at_s`.
+
+    `used_by` is who did. `only_for` is a member that is let in again under its own name; empty for a new one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     expires_at_s: float
+    used_by: str = ""
+    only_for: str = ""
 
 
 class VmRecord(BaseModel):
@@ -72,6 +100,9 @@ class Kept(Generic[Record]):
     @property
     def unchanged(self) -> Compare:
         return Compare(self.key, self.mod_revision)
+
+
+AUTHORITY_KEY = "authority"
 
 
 def host_key(name: str) -> str:
@@ -108,6 +139,9 @@ class FarmRecords:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+
+    async def authority(self) -> Kept[AuthorityRecord] | None:
+        return await self._get(AUTHORITY_KEY, AuthorityRecord)
 
     async def host(self, name: str) -> Kept[HostRecord] | None:
         return await self._get(host_key(name), HostRecord)

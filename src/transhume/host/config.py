@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from transhume.model.vm import NAME_PATTERN
+from transhume.trust.files import IdentityFiles
 
 DEFAULT_STATE_DIR = Path("/var/lib/transhume")
 DEFAULT_PORT = 7461
@@ -18,7 +19,7 @@ MOST_OTHER_ADDRESSES = 5
 
 
 class HostConfig(BaseModel):
-    """The file `host.json` in the state folder, readable by root alone: it holds the host's secret.
+    """The file `host.json` in the state folder. What proves who the host is lies beside it (`files`).
 
     A host whose `controller_address` is empty carries the controller itself. `other_addresses` lead to this
     host by other ways; only movers use them.
@@ -30,7 +31,6 @@ class HostConfig(BaseModel):
     state_dir: Path
     address: str
     port: int = DEFAULT_PORT
-    secret: str
     controller_address: str = ""
     controller_port: int = DEFAULT_PORT
     vm_user: str = DEFAULT_VM_USER
@@ -58,6 +58,11 @@ class HostConfig(BaseModel):
     def api_socket(self) -> Path:
         """Where this machine's daemon answers local commands; root alone may connect."""
         return self.state_dir / "api.sock"
+
+    @property
+    def files(self) -> IdentityFiles:
+        """The host's key and certificate."""
+        return IdentityFiles(self.state_dir)
 
     @property
     def store_file(self) -> Path:

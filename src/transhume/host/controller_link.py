@@ -7,7 +7,7 @@ from typing import Protocol
 
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
-from transhume.model.orders import HeartbeatReply, MigrationUpdate, SwapReply
+from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed, SwapReply
 from transhume.model.vm import Ownership, VmState
 
 
@@ -30,6 +30,10 @@ class ControllerLink(Protocol):
     async def migration(self, migration: str) -> Migration: ...
 
     async def report(self, update: MigrationUpdate) -> None: ...
+
+    async def renew(self, host: str, request_pem: str) -> Renewed:
+        """A new certificate for this host, for a request that proves the possession of its next key."""
+        ...
 
     async def heartbeat(
         self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]

@@ -204,6 +204,15 @@ class HeartbeatReply(BaseModel):
     disowned: tuple[str, ...] = ()
 
 
+class Renewed(BaseModel):
+    """A host's next certificate, and the authority that signed it; both as PEM."""
+
+    model_config = ConfigDict(frozen=True)
+
+    certificate: str
+    authority: str
+
+
 class SwapReply(BaseModel):
     """The answer of the register: whether the swap was made, and what it holds now."""
 

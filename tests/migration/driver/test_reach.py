@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from tests.migration.driver.test_handshake import IDENTITY, but, close, destination
+from tests.migration.driver.test_handshake import AT_SOURCE, IDENTITY, but, close, destination
 
 from transhume.migration.driver.handshake import Identity, accept
 from transhume.migration.driver.reach import reach
@@ -64,7 +64,7 @@ def test_where_nobody_answers_the_next_address_is_tried_soon() -> None:
     with answering as port, hole(OTHER, port):
         made = choice(OTHER, HERE)
         began_s = time.monotonic()
-        channel, address = reach(made, port, PATIENT, NEVER)
+        channel, address = reach(made, port, PATIENT, AT_SOURCE, NEVER)
         took_s = time.monotonic() - began_s
         made.worked(address)
     assert address == HERE
@@ -77,7 +77,7 @@ def test_where_nobody_says_anything_a_search_goes_on_soon() -> None:
     answering = destination(PATIENT)
     with answering as port, mute(OTHER, port):
         began_s = time.monotonic()
-        channel, address = reach(choice(OTHER, HERE), port, PATIENT, NEVER, again=True)
+        channel, address = reach(choice(OTHER, HERE), port, PATIENT, AT_SOURCE, NEVER, again=True)
         assert time.monotonic() - began_s < 5
     assert address == HERE
     close(answering, channel, channel_of(answering.result))
@@ -87,7 +87,7 @@ def test_the_patience_of_the_search_is_not_kept() -> None:
     """The answers of a destination that was found may take as long as the limit of silence says."""
     answering = destination(PATIENT)
     with answering as port:
-        channel, _ = reach(choice(HERE, OTHER), port, PATIENT, NEVER, again=True)
+        channel, _ = reach(choice(HERE, OTHER), port, PATIENT, AT_SOURCE, NEVER, again=True)
     assert channel._socket.gettimeout() is None
     limit = channel._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16)
     assert int.from_bytes(limit[:8], "little") == 20
@@ -108,13 +108,13 @@ def test_a_stranger_on_the_way_is_passed_by() -> None:
         def refuse() -> None:
             sock, _ = stranger.accept()
             try:
-                accept(sock, but(key=b"x" * 32))
+                accept(sock, but(key=b"x" * 32), AT_DESTINATION)
             except TranshumeError as error:
                 refusals.append(error)
 
         thread = threading.Thread(target=refuse)
         thread.start()
-        channel, address = reach(choice(OTHER, HERE), port, IDENTITY, NEVER)
+        channel, address = reach(choice(OTHER, HERE), port, IDENTITY, AT_SOURCE, NEVER)
         thread.join(20)
     assert address == HERE
     assert [type(refusal) for refusal in refusals] == [Unauthorized]
@@ -125,7 +125,7 @@ def test_what_each_path_said_is_told() -> None:
     with socket.create_server((HERE, 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(HostLost) as caught:
-        reach(choice(HERE, OTHER), port, IDENTITY, NEVER)
+        reach(choice(HERE, OTHER), port, IDENTITY, AT_SOURCE, NEVER)
     assert caught.value.message == "; ".join(
         f"host beta cannot be reached at {address}:{port}: Connection refused" for address in (HERE, OTHER)
     )
@@ -137,5 +137,5 @@ def test_a_mover_that_is_to_end_does_not_try_the_rest() -> None:
     stopping = threading.Event()
     stopping.set()
     with pytest.raises(HostLost) as caught:
-        reach(choice(HERE, OTHER), port, IDENTITY, stopping)
+        reach(choice(HERE, OTHER), port, IDENTITY, AT_SOURCE, stopping)
     assert OTHER not in caught.value.message

@@ -19,6 +19,7 @@ from tests.migration.paging.guest import (
     source_ram,
     used,
 )
+from tests.migration.transfer.connection import ciphers, prove
 
 from transhume.memory import runs as page_runs
 from transhume.memory.ram import GuestRam
@@ -89,10 +90,13 @@ class Link:
         for each in (source, destination):
             # Small buffers: a push that is ahead of its receiver would leave nothing to be fetched.
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
-        return (
-            FrameChannel(source, Decoder(End.DESTINATION, block_pages), "host b", SILENCE_S),
-            FrameChannel(destination, Decoder(End.SOURCE, block_pages), "host a", SILENCE_S),
+        a, b = ciphers()
+        made = (
+            FrameChannel(source, Decoder(End.DESTINATION, block_pages), "host b", SILENCE_S, a),
+            FrameChannel(destination, Decoder(End.SOURCE, block_pages), "host a", SILENCE_S, b),
         )
+        prove(*made)
+        return made
 
     def _serve(self) -> None:
         paging = self._paging
@@ -111,11 +115,8 @@ class Link:
     def _receive(self) -> None:
         receiver = PageReceiver(self._main_there, self._paging.guest.ram)
         receiver.pager = self._paging.pager
-        try:
-            with contextlib.suppress(HostLost):
-                receiver.receive()
-        finally:
-            receiver.close()
+        with contextlib.suppress(HostLost):
+            receiver.receive()
 
     def attach(self) -> None:
         self._paging.pager.attach(self._fault_there)

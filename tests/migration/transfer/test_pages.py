@@ -85,7 +85,6 @@ def transfer(
         pool = stack.enter_context(ThreadPoolExecutor(1))
         channels = stack.enter_context(connected(page_counts, silence_limit_s, buffer_bytes))
         receiver = PageReceiver(channels[1], rams[1])
-        stack.callback(receiver.close)
         stop = threading.Event()
         progress: list[tuple[int, int]] = []
         sender = PageSender(
@@ -250,11 +249,12 @@ def test_a_stop_that_is_set_sends_nothing() -> None:
 def test_a_slow_link_makes_batches_short_and_a_fast_one_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that takes 100 ms is followed by one of half its size, down to a few pages."""
     sizes: list[int] = []
-    write_file = FrameChannel.write_file
+    write = FrameChannel.write
 
-    def spy(channel: FrameChannel, fd: int, offset_bytes: int, length_bytes: int) -> None:
-        sizes.append(length_bytes // PAGE_BYTES)
-        write_file(channel, fd, offset_bytes, length_bytes)
+    def spy(channel: FrameChannel, data: wire.Bytes, more: bool = False) -> None:
+        if memoryview(data).nbytes >= PAGE_BYTES:
+            sizes.append(memoryview(data).nbytes // PAGE_BYTES)
+        write(channel, data, more)
 
     now_s = 0.0
 
@@ -263,7 +263,7 @@ def test_a_slow_link_makes_batches_short_and_a_fast_one_long(monkeypatch: pytest
         now_s += step_s
         return now_s
 
-    monkeypatch.setattr(FrameChannel, "write_file", spy)
+    monkeypatch.setattr(FrameChannel, "write", spy)
     monkeypatch.setattr("transhume.migration.transfer.sender.time.monotonic", clock)
     with transfer(4096) as both:
         both.fill(0, 0, 4096)

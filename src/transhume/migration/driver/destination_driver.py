@@ -35,6 +35,7 @@ from transhume.migration.driver.owed_file import Listening, OwedFile
 from transhume.migration.machine import Command, Event
 from transhume.migration.register import Register
 from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.native_relay import NativeRelay
 from transhume.migration.transfer.pager import Pager
 from transhume.migration.transfer.receiver import PageReceiver
 from transhume.migration.transfer.restoring import restore
@@ -44,12 +45,13 @@ from transhume.model.errors import (
     HostLost,
     KernelError,
     PeerProtocolError,
+    Refused,
     TranshumeError,
-    Unauthorized,
     VmmError,
 )
 from transhume.model.migration import Engine, MigrationReport, Outcome, Rest
 from transhume.model.orders import MigrationUpdate, Prepared
+from transhume.trust.credentials import Credentials
 from transhume.vmm.device_state import IncomingState, prepare_load
 from transhume.vmm.launch import launch
 from transhume.vmm.log import last_words
@@ -88,6 +90,7 @@ class DestinationDriver(Driver[DestinationState]):
         control: ControlServer,
         address: str,
         vm_user: str,
+        credentials: Credentials,
         other_addresses: tuple[str, ...] = (),
     ) -> None:
         self._predecessor_state = journal.last_state()
@@ -100,6 +103,7 @@ class DestinationDriver(Driver[DestinationState]):
         self._paths = paths
         self._addresses = (address, *other_addresses)
         self._vm_user = vm_user
+        self._credentials = credentials
         self._options = job.migration.options
         self._key = secrets.token_bytes(KEY_BYTES)
         self._process: QemuProcess | None = None
@@ -108,7 +112,7 @@ class DestinationDriver(Driver[DestinationState]):
         self._listener: Listener | None = None
         self._ram: GuestRam | None = None
         self._channel: FrameChannel | None = None
-        self._native_channel: FrameChannel | None = None
+        self._native_relay: NativeRelay | None = None
         self._threads: list[threading.Thread] = []
         self._incoming: IncomingState | None = None
         self._native: NativeIncoming | None = None
@@ -233,7 +237,7 @@ class DestinationDriver(Driver[DestinationState]):
             await end(task)
         if self._pager is not None:
             self._pager.stop()
-        channels = (self._channel, self._native_channel, self._fault_channel)
+        channels = (self._channel, self._fault_channel)
         for channel in channels:
             if channel is not None:
                 channel.shutdown()
@@ -248,6 +252,8 @@ class DestinationDriver(Driver[DestinationState]):
             self._uffd.close()
         if self._incoming is not None:
             self._incoming.close()
+        if self._native_relay is not None:
+            await asyncio.to_thread(self._native_relay.close)
         if self._native is not None:
             self._native.close()
         if self._ram is not None:
@@ -317,13 +323,13 @@ class DestinationDriver(Driver[DestinationState]):
     def _serve(self, sock: socket.socket) -> None:
         """One connection's thread. A stranger loses the connection and disturbs nothing."""
         try:
-            channel, role = accept(sock, self._identity())
-        except (HostLost, PeerProtocolError, Unauthorized) as error:
+            channel, role = accept(sock, self._identity(), self._credentials)
+        except (HostLost, PeerProtocolError, Refused) as error:
             self._log(f"a connection was refused: {error.message}")
             return
         if role is wire.Role.NATIVE:
-            self._native_channel = channel
-            asyncio.run_coroutine_threadsafe(self._begin_native(channel), self._loop)
+            self._native_relay = NativeRelay(channel)
+            asyncio.run_coroutine_threadsafe(self._begin_native(self._native_relay), self._loop)
             return
         if role is wire.Role.FAULT:
             self._take_fault_channel(channel)
@@ -386,15 +392,12 @@ class DestinationDriver(Driver[DestinationState]):
         assert self._ram is not None
         receiver = PageReceiver(channel, self._ram)
         receiver.pager = self._pager
-        try:
-            while True:
-                item = receiver.receive()
-                if isinstance(item, bytes):
-                    self._take_state(item)
-                else:
-                    self._take_message(channel, receiver, item)
-        finally:
-            receiver.close()
+        while True:
+            item = receiver.receive()
+            if isinstance(item, bytes):
+                self._take_state(item)
+            else:
+                self._take_message(channel, receiver, item)
 
     def _take_state(self, chunk: bytes) -> None:
         self._state_length_bytes += len(chunk)
@@ -616,9 +619,10 @@ class DestinationDriver(Driver[DestinationState]):
         self._log(f"{pager.missing.left_pages} pages are missing after that")
         return ev.SafeCopyRead(pager.missing.left_pages)
 
-    async def _begin_native(self, channel: FrameChannel) -> None:
+    async def _begin_native(self, relay: NativeRelay) -> None:
         try:
-            self._native = await NativeIncoming.begin(await self._qemu(), channel.fileno())
+            self._native = await NativeIncoming.begin(await self._qemu(), relay.qemu_end)
+            relay.release()
             await self._native.finish()
         except TranshumeError as error:
             self.post(ev.CommandFailed("LoadState", error.code, error.message))

@@ -1,4 +1,9 @@
-"""How two movers come to trust a connection: challenge, proof, proof."""
+"""How two movers come to trust a connection: certificates, then challenge, proof, proof.
+
+The certificates say which hosts these are. The key says that it is this migration, and that both are members
+now: the controller has just told it to the two ends and to nobody else. So a certificate that was revoked is
+of no use here either, although no mover asks a list.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,11 @@ from dataclasses import dataclass
 from transhume.migration import wire
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.wire import Challenge, Decoder, End, FrameType, Hello, Role, Welcome
-from transhume.model.errors import HostLost, PeerProtocolError, Unauthorized
+from transhume.model.errors import HostLost, PeerProtocolError, Refused, Unauthorized
 from transhume.model.vm import PAGE_BYTES, RamBlock
+from transhume.trust.cipher import Cipher
+from transhume.trust.credentials import Credentials
+from transhume.trust.names import server_name
 
 NONCE_BYTES = 32
 
@@ -36,13 +44,14 @@ def connect(
     port: int,
     identity: Identity,
     role: Role,
+    credentials: Credentials,
     connect_s: float | None = None,
     answer_s: float | None = None,
 ) -> FrameChannel:
     """The source's side. Blocks: `connect_s` for the connection and `answer_s` for each answer at the most,
     both the limit of silence where they are None.
 
-    Raises `HostLost`, `PeerProtocolError` or `Unauthorized`; nothing stays open then.
+    Raises `HostLost`, `PeerProtocolError` or `Refused`; nothing stays open then.
     """
     peer = f"host {identity.destination}"
     try:
@@ -50,8 +59,14 @@ def connect(
     except OSError as error:
         raise HostLost(f"{peer} cannot be reached at {address}:{port}: {error.strerror or error}") from None
     decoder = Decoder(End.DESTINATION, identity.block_pages)
-    channel = FrameChannel(sock, decoder, peer, answer_s or identity.silence_limit_s)
     try:
+        cipher = Cipher(credentials.client(server_name(identity.destination)))
+    except Refused:
+        sock.close()
+        raise
+    channel = FrameChannel(sock, decoder, peer, answer_s or identity.silence_limit_s, cipher)
+    try:
+        channel.demand_peer(identity.destination)
         _introduce(channel, identity, role)
         channel.limit_silence(identity.silence_limit_s)
     except (HostLost, PeerProtocolError, Unauthorized):
@@ -60,10 +75,17 @@ def connect(
     return channel
 
 
-def accept(sock: socket.socket, identity: Identity) -> tuple[FrameChannel, Role]:
+def accept(sock: socket.socket, identity: Identity, credentials: Credentials) -> tuple[FrameChannel, Role]:
     """The destination's side, for a connection just accepted. Blocks; errors as `connect`."""
-    channel = FrameChannel(sock, Decoder(End.SOURCE), f"host {identity.source}", identity.silence_limit_s)
     try:
+        cipher = Cipher(credentials.server())
+    except Refused:
+        sock.close()
+        raise
+    peer = f"host {identity.source}"
+    channel = FrameChannel(sock, Decoder(End.SOURCE), peer, identity.silence_limit_s, cipher)
+    try:
+        channel.demand_peer(identity.source)
         return channel, _examine(channel, identity)
     except (HostLost, PeerProtocolError, Unauthorized):
         channel.close()

@@ -9,10 +9,16 @@ from transhume.migration.path_choice import PathChoice
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.wire import Role
 from transhume.model.errors import HostLost, PeerProtocolError, TranshumeError, Unauthorized
+from transhume.trust.credentials import Credentials
 
 
 def reach(
-    choice: PathChoice, port: int, identity: Identity, stop: threading.Event, again: bool = False
+    choice: PathChoice,
+    port: int,
+    identity: Identity,
+    credentials: Credentials,
+    stop: threading.Event,
+    again: bool = False,
 ) -> tuple[FrameChannel, str]:
     """Make the main connection to the first address where the destination proves who it is; that address.
 
@@ -23,7 +29,9 @@ def reach(
     for attempt in choice.attempts(again):
         choice.tried(attempt.address)
         try:
-            channel = connect(attempt.address, port, identity, Role.MAIN, attempt.connect_s, attempt.answer_s)
+            channel = connect(
+                attempt.address, port, identity, Role.MAIN, credentials, attempt.connect_s, attempt.answer_s
+            )
         except (HostLost, PeerProtocolError, Unauthorized) as error:
             # Another machine may answer where networks have the same addresses: it is no reason to give up.
             failures.append(error)

@@ -37,6 +37,7 @@ from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
 from transhume.migration.transfer.channel import FrameChannel
+from transhume.migration.transfer.native_relay import NativeRelay
 from transhume.migration.transfer.owed_pages import OwedPages
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.safe_copy import safe_copy_path
@@ -54,6 +55,7 @@ from transhume.model.errors import (
 from transhume.model.migration import Engine, MigrationOptions, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment, AdjustReply, MigrationUpdate, Prepared, ReviveReply
 from transhume.model.vm import PAGE_BYTES, Accel, Display
+from transhume.trust.credentials import Credentials
 from transhume.vmm.device_state import OutgoingState, prepare_save
 from transhume.vmm.image_lock import has_writer
 from transhume.vmm.log import last_words
@@ -106,7 +108,13 @@ class SourceDriver(Driver[SourceState]):
     )
 
     def __init__(
-        self, job: MoverJob, paths: VmPaths, journal: Journal, register: Register, control: ControlServer
+        self,
+        job: MoverJob,
+        paths: VmPaths,
+        journal: Journal,
+        register: Register,
+        control: ControlServer,
+        credentials: Credentials,
     ) -> None:
         self._predecessor_state = journal.last_state()
         ram_bytes = sum(block.size_bytes for block in job.ram_blocks)
@@ -116,6 +124,7 @@ class SourceDriver(Driver[SourceState]):
         super().__init__(job, machine, journal, register, control)
         self._source = machine
         self._paths = paths
+        self._credentials = credentials
         self._options = job.migration.options
         self._progress = ProgressTracker(job.migration.id, job.migration.vm, self._options, time.monotonic())
         self._data_thread = ThreadPoolExecutor(1, thread_name_prefix="data")
@@ -126,7 +135,7 @@ class SourceDriver(Driver[SourceState]):
         self._tracked: TrackedRam | None = None
         self._sender: PageSender | None = None
         self._channel: FrameChannel | None = None
-        self._native_channel: FrameChannel | None = None
+        self._native_relay: NativeRelay | None = None
         self._reader: threading.Thread | None = None
         self._stop = threading.Event()
         self._interrupt = threading.Event()
@@ -323,8 +332,8 @@ class SourceDriver(Driver[SourceState]):
 
     async def close(self) -> None:
         self._stop.set()
-        if self._native_channel is not None:
-            self._native_channel.shutdown()
+        if self._native_relay is not None:
+            self._native_relay.shutdown()
         for channel in (self._channel, self._fault_channel):
             if channel is not None:
                 channel.shutdown()
@@ -332,8 +341,8 @@ class SourceDriver(Driver[SourceState]):
         await asyncio.to_thread(self._safe_copying.close)
         self._data_thread.shutdown(wait=True)
         await self._close_connections()
-        if self._native_channel is not None:
-            self._native_channel.close()
+        if self._native_relay is not None:
+            await asyncio.to_thread(self._native_relay.close)
         if self._ram is not None:
             self._ram.close()
         if self._tracked is not None:
@@ -424,13 +433,15 @@ class SourceDriver(Driver[SourceState]):
         """To the first of the destination's addresses that answers. All other connections follow it there."""
         prepared = self.job.prepared
         assert prepared is not None
-        channel, self._address = reach(self._choice, prepared.port, self._identity(), self._stop, again)
+        channel, self._address = reach(
+            self._choice, prepared.port, self._identity(), self._credentials, self._stop, again
+        )
         return channel
 
     def _open_channel(self, role: wire.Role) -> FrameChannel:
         prepared = self.job.prepared
         assert prepared is not None
-        return connect(self._address, prepared.port, self._identity(), role)
+        return connect(self._address, prepared.port, self._identity(), role, self._credentials)
 
     def _identity(self) -> Identity:
         prepared = self.job.prepared
@@ -720,12 +731,13 @@ class SourceDriver(Driver[SourceState]):
     async def _run_native(self, _: ev.RunNative) -> Event:
         """QEMU copies, stops the VM by itself and sends everything; the end mark goes through our channel."""
         channel = await asyncio.to_thread(self._open_channel, wire.Role.NATIVE)
-        self._native_channel = channel
+        relay = self._native_relay = NativeRelay(channel)
         options = NativeOptions(
             downtime_limit_ms=max(1, int(self._options.max_downtime_ms)),
             max_bandwidth_bytes_s=self._options.bandwidth_bytes_s,
         )
-        self._native = await NativeOutgoing.begin(self._qemu(), channel.fileno(), options)
+        self._native = await NativeOutgoing.begin(self._qemu(), relay.qemu_end, options)
+        relay.release()
         began_s = time.monotonic()
         self.post(ev.VmPaused(await self._native.wait_stopped()))
         native = await self._native.finish()

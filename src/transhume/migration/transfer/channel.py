@@ -7,12 +7,15 @@ Every failure of the connection is a `HostLost` that names the peer, and is fina
 is sent, for half a frame may be on its way. Whoever is silent for `silence_limit_s` counts as lost: the
 kernel watches for it on reads (SO_RCVTIMEO), writes (SO_SNDTIMEO) and data that is never acknowledged
 (TCP_USER_TIMEOUT), so that no call polls.
+
+Between hosts a channel is given a `Cipher`: then everything on the socket is TLS, and `demand_peer` makes the
+handshake. A connection inside one machine needs none.
 """
 
 from __future__ import annotations
 
-import os
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Iterator
@@ -21,13 +24,19 @@ from contextlib import contextmanager
 from transhume.memory.syscalls import held
 from transhume.migration import wire
 from transhume.migration.wire import Bytes, Decoder, Header, Message
-from transhume.model.errors import HostLost
+from transhume.model.errors import HostLost, TranshumeError, Unauthorized
+from transhume.trust.cipher import Cipher
+from transhume.trust.credentials import refusal
 
 _KEEPALIVE_IDLE_S = 5
 _KEEPALIVE_INTERVAL_S = 2
 _KEEPALIVE_PROBES = 3
 
 _PIECE_BYTES = 64 << 10
+
+_CIPHER_BYTES = 128 << 10
+"""What is encrypted at a time: much for one system call, little enough to stay in the cache."""
+
 _TCP_INFO_BYTES = 168
 _MIN_RTT_AT = 148
 _DELIVERY_RATE_AT = 160
@@ -39,11 +48,20 @@ class FrameChannel:
     """Frames to and from one peer. Takes the connected socket over and sets it up.
 
     `peer` names the other end in messages. `decoder` says what it may send; the caller completes it
-    (version, RAM blocks) as the connection is opened. `sent_bytes` and `received_bytes` count all that
-    went over the wire; read them from any thread.
+    (version, RAM blocks) as the connection is opened. `sent_bytes` and `received_bytes` count all frames that
+    went over the wire, without what TLS adds; read them from any thread.
     """
 
-    def __init__(self, sock: socket.socket, decoder: Decoder, peer: str, silence_limit_s: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        decoder: Decoder,
+        peer: str,
+        silence_limit_s: float,
+        cipher: Cipher | None = None,
+    ) -> None:
+        self._cipher = cipher
+        self._received = memoryview(bytearray(_CIPHER_BYTES)) if cipher is not None else memoryview(b"")
         self.decoder = decoder
         self.peer = peer
         self.sent_bytes = 0
@@ -65,9 +83,29 @@ class FrameChannel:
         """The version of the protocol that is spoken: the agreed one, our newest until then."""
         return self.decoder.version or wire.VERSION
 
-    def fileno(self) -> int:
-        """The socket's descriptor, for a receiver that lets the kernel move the data."""
-        return self._socket.fileno()
+    def demand_peer(self, host: str) -> None:
+        """TLS's handshake, with `host` and nobody else at the other end. Call it first, once.
+
+        Raises `Unauthorized`, `PeerProtocolError` or `HostLost`, all final.
+        """
+        cipher = self._cipher
+        assert cipher is not None
+        while True:
+            try:
+                done = cipher.handshake()
+            except ssl.SSLError as error:
+                self._tell_why(cipher)
+                raise self._refused(error) from None
+            self._send_all(cipher.take())
+            if done:
+                break
+            self._receive_some(cipher)
+        found = cipher.peer
+        if found is None or found.host != host:
+            who = f"host {found.host}" if found is not None else "somebody without a certificate"
+            reason = f"{who} came where host {host} is due"
+            self._fail(reason)
+            raise Unauthorized(reason)
 
     def wait_for_ever(self) -> None:
         """Let reads wait as long as it takes, for a connection on which silence is usual.
@@ -129,6 +167,9 @@ class FrameChannel:
     def write(self, data: Bytes, more: bool = False) -> None:
         """Send bytes of the frame that is open; `more` tells the kernel that others follow at once."""
         view = memoryview(data).cast("B")
+        if self._cipher is not None:
+            self._write_encrypted(self._cipher, view, more)
+            return
         flags = socket.MSG_MORE if more else 0
         while len(view):
             with self._failures_named():
@@ -140,23 +181,29 @@ class FrameChannel:
         """As `write`, for a few kilobytes that somebody waits for: without giving the interpreter's lock to
         another thread, as long as the socket has room.
         """
-        sent = held.send(self._socket.fileno(), data, len(data), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        if sent < 0:
-            sent = 0  # no room, or the connection has ended: `write` waits, or says so
-        self.sent_bytes += sent
-        if sent < len(data):
-            self.write(memoryview(data)[sent:])
+        encoded = data
+        if self._cipher is not None:
+            self._cipher.encrypt(memoryview(data))
+            encoded = self._cipher.take()
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        sent = held.send(self._socket.fileno(), encoded, len(encoded), flags)
+        # With no room, or when the connection has ended, what is left waits, or says so.
+        self._send_all(encoded[max(0, sent) :])
+        self.sent_bytes += len(data)
 
-    def write_file(self, fd: int, offset_bytes: int, length_bytes: int) -> None:
-        """Send a range of a file without copying it into this process."""
-        end = offset_bytes + length_bytes
-        while offset_bytes < end:
+    def _write_encrypted(self, cipher: Cipher, view: memoryview, more: bool) -> None:
+        for start in range(0, len(view), _CIPHER_BYTES):
+            piece = view[start : start + _CIPHER_BYTES]
+            cipher.encrypt(piece)
+            if not more or start + _CIPHER_BYTES < len(view):
+                self._send_all(cipher.take())
+            self.sent_bytes += len(piece)
+
+    def _send_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while len(view):
             with self._failures_named():
-                sent = os.sendfile(self._socket.fileno(), fd, offset_bytes, end - offset_bytes)
-            if sent == 0:
-                raise HostLost(f"The RAM to be sent to {self.peer} ends before its size: it was truncated.")
-            self.sent_bytes += sent
-            offset_bytes += sent
+                view = view[self._socket.send(view) :]
 
     # -- receiving ----------------------------------------------------------------------------------
 
@@ -176,6 +223,10 @@ class FrameChannel:
 
         In pieces, so that `received_bytes` shows on a slow link, too, that the peer lives.
         """
+        if self._cipher is not None:
+            while len(view):
+                view = view[self._decrypt_some(self._cipher, view) :]
+            return
         while len(view):
             with self._failures_named():
                 received = self._socket.recv_into(view, min(len(view), _PIECE_BYTES), socket.MSG_WAITALL)
@@ -191,28 +242,51 @@ class FrameChannel:
         """
         taken = 0
         while taken < least_bytes:
-            with self._failures_named():
-                received = self._socket.recv_into(view[taken:])
-            if received == 0:
-                raise self._ended()
-            taken += received
-        self.received_bytes += taken
+            taken += self.receive_some(view[taken:])
         return taken
 
-    def splice(self, pipe_fd: int, length_bytes: int) -> int:
-        """Move received bytes into a pipe inside the kernel: at least one, at most `length_bytes`."""
+    def receive_some(self, view: memoryview) -> int:
+        """Receive at least one byte into a buffer, at most what it holds."""
+        if self._cipher is not None:
+            return self._decrypt_some(self._cipher, view)
         with self._failures_named():
-            received = os.splice(self._socket.fileno(), pipe_fd, length_bytes)
+            received = self._socket.recv_into(view)
         if received == 0:
             raise self._ended()
         self.received_bytes += received
         return received
+
+    def _decrypt_some(self, cipher: Cipher, view: memoryview) -> int:
+        while True:
+            try:
+                count = cipher.decrypt_into(view)
+            except ssl.SSLZeroReturnError:
+                raise self._ended() from None
+            except ssl.SSLError as error:
+                self._tell_why(cipher)
+                raise self._refused(error) from None
+            if count:
+                self.received_bytes += count
+                return count
+            self._receive_some(cipher)
+
+    def _receive_some(self, cipher: Cipher) -> None:
+        with self._failures_named():
+            received = self._socket.recv_into(self._received)
+        if received == 0:
+            raise self._ended()
+        cipher.feed(self._received[:received])
 
     # -- the end ------------------------------------------------------------------------------------
 
     def shutdown(self, reason: str = "") -> None:
         """End the connection: blocked calls of all threads raise `HostLost`. Harmless when repeated."""
         self._fail(f"The connection to {self.peer} was closed here{': ' if reason else ''}{reason}.")
+
+    def end_sending(self) -> None:
+        """Let the peer see the end of what was sent. It may go on sending."""
+        with self._failures_named():
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """End the connection and free the socket. Only when no other thread uses the channel any more."""
@@ -235,6 +309,20 @@ class FrameChannel:
             raise self._lost(f"{self.peer} has been silent for {self._silence_limit_s:g} s.") from None
         except OSError as error:
             raise self._lost(f"The connection to {self.peer} broke: {error}.") from None
+
+    def _tell_why(self, cipher: Cipher) -> None:
+        """Send TLS's own word about an error, if it can be sent."""
+        try:
+            self._socket.send(cipher.take())
+        except OSError:
+            return  # nobody is there to hear it
+
+    def _refused(self, error: ssl.SSLError) -> TranshumeError:
+        """An error of TLS in words: as final as any other, and the first reason counts here too."""
+        known = self._failure
+        found = refusal(error, self.peer)
+        self._fail(found.message)
+        return found if known is None else HostLost(known)
 
     def _ended(self) -> HostLost:
         return self._lost(f"{self.peer} closed the connection.")

@@ -1,9 +1,8 @@
 """Receive pages into guest RAM.
 
-Long runs are moved by the kernel alone, from the socket through a pipe into the memfd (splice): mapping
-the memfd and receiving into it costs a page fault for each page, which takes twice the time. Short runs
-come by way of a buffer, which needs one system call for each instead of two. Neither maps guest RAM, so
-the receiver's size does not depend on the VM's.
+They come by way of a buffer, into which TLS decrypts them, and are written to the memfd from there: mapping
+the memfd costs a page fault for each page, which takes twice the time. So guest RAM is never mapped, and the
+receiver's size does not depend on the VM's.
 
 Pages named as zero are punched out of the memfd, whatever was there before: they take no memory.
 
@@ -15,7 +14,6 @@ through it instead, one copy more, and are.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 
@@ -29,9 +27,6 @@ from transhume.model.errors import KernelError
 from transhume.model.vm import PAGE_BYTES
 
 _BUFFER_PAGES = 256
-_PIPE_BYTES = 1 << 20
-_LONG_RUN_PAGES = 8
-"""Average length of a frame's runs from which on the kernel's way is the faster one."""
 
 
 class PageReceiver:
@@ -46,10 +41,6 @@ class PageReceiver:
         self._zero_pages = 0
         self._content = bytearray(_BUFFER_PAGES * PAGE_BYTES)
         self._buffer = memoryview(self._content)
-        self._pipe_out, self._pipe_in = os.pipe()
-        self._in_pipe_bytes = 0
-        with contextlib.suppress(OSError):  # a limit of the system: the pipe works with its usual size
-            fcntl.fcntl(self._pipe_in, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
     def receive(self) -> Message | bytes:
         """Place pages until a frame of another kind comes: a message, or a chunk of device state.
@@ -86,13 +77,6 @@ class PageReceiver:
         self._owed = [page_runs.empty() for _ in self._ram.blocks]
         return owed
 
-    def close(self) -> None:
-        """Free what the receiver holds; the channel and the RAM stay open."""
-        if self._pipe_in >= 0:
-            os.close(self._pipe_in)
-            os.close(self._pipe_out)
-            self._pipe_in = self._pipe_out = -1
-
     def _receive_runs(self, header: Header) -> Runs:
         table = bytearray(header.table_bytes)
         self._channel.receive_into(memoryview(table))
@@ -107,10 +91,7 @@ class PageReceiver:
             self._hand_to_pager(self.pager, header.block_index, runs)
             return
         with _no_memory_named(block):
-            if pages >= _LONG_RUN_PAGES * len(runs):
-                self._splice_into(block, runs, pages * PAGE_BYTES)
-            else:
-                self._copy_into(block, runs)
+            self._copy_into(block, runs)
 
     def _hand_to_pager(self, pager: Pager, block_index: int, runs: Runs) -> None:
         for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):
@@ -127,19 +108,6 @@ class PageReceiver:
         for first, count in runs.tolist():
             block.punch(first, count)
         self._zero_pages += page_runs.page_count(runs)
-
-    def _splice_into(self, block: GuestBlock, runs: Runs, left_bytes: int) -> None:
-        assert self._in_pipe_bytes == 0
-        for first, count in runs.tolist():
-            offset, end = first * PAGE_BYTES, (first + count) * PAGE_BYTES
-            while offset < end:
-                if self._in_pipe_bytes == 0:
-                    self._in_pipe_bytes = self._channel.splice(self._pipe_in, min(left_bytes, _PIPE_BYTES))
-                    left_bytes -= self._in_pipe_bytes
-                step_bytes = min(self._in_pipe_bytes, end - offset)
-                moved = os.splice(self._pipe_out, block.fd, step_bytes, offset_dst=offset)
-                self._in_pipe_bytes -= moved
-                offset += moved
 
     def _copy_into(self, block: GuestBlock, runs: Runs) -> None:
         for batch in page_runs.batches(runs, _BUFFER_PAGES, _BUFFER_PAGES):

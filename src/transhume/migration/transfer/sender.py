@@ -1,9 +1,8 @@
 """Send pages of guest RAM.
 
 Every page is copied into a small buffer first, to see whether it is all zeros: such pages are named, not
-sent. (Reading does not allocate holes, and costs less than the page faults of a mapping.) Long runs then
-go straight from the memfd to the socket (sendfile), without another copy; short ones, where a system call
-for each would cost more than that, go out of the buffer in one piece.
+sent. (Reading does not allocate holes, and costs less than the page faults of a mapping.) From that buffer
+they go out in one piece: TLS encrypts them there, so the kernel could not take them from the memfd by itself.
 
 The caller has scanned for dirty pages before: what the guest writes while its pages are on their way
 is in the next scan, so that a page torn by such a write is sent again (see memory/tracker.py).
@@ -33,7 +32,6 @@ from transhume.model.vm import PAGE_BYTES
 BATCH_PAGES = 256
 _LEAST_BATCH_PAGES = 16
 _BATCH_RUNS = 512
-_LONG_RUN_PAGES = 16
 _SLOW_BATCH_S = 0.04
 _FAST_BATCH_S = 0.01
 _REPORT_INTERVAL_S = 0.05
@@ -91,26 +89,17 @@ class PageSender:
         Blocks; call it from a worker thread. Raises `HostLost` when the connection fails.
         """
         block = self._ram.blocks[block_index]
-        long = runs[:, 1] >= _LONG_RUN_PAGES
-        sent = self._send_batches(block, runs[long], self._send_long, pace)
-        if sent.complete:
-            sent += self._send_batches(block, runs[~long], self._send_short, pace)
+        sent = self._send_batches(block, runs, pace)
         self._report(time.monotonic(), at_once=True)
         return sent
 
-    def _send_batches(
-        self,
-        block: GuestBlock,
-        runs: Runs,
-        send_batch: Callable[[GuestBlock, Runs], SentPages],
-        pace: Pace | None,
-    ) -> SentPages:
+    def _send_batches(self, block: GuestBlock, runs: Runs, pace: Pace | None) -> SentPages:
         sent = SentPages()
         for batch in page_runs.batches(runs, lambda: self._step_pages(pace), _BATCH_RUNS):
             if self._stop.is_set():
                 return sent + SentPages(complete=False)
             begun_s = time.monotonic()
-            step = send_batch(block, batch)
+            step = self._send_pages(block, batch)
             now_s = time.monotonic()
             sent += step
             self._fit_batch(now_s - begun_s)
@@ -132,19 +121,7 @@ class PageSender:
         elif duration_s < _FAST_BATCH_S:
             self._batch_pages = min(BATCH_PAGES, self._batch_pages * 2)
 
-    def _send_long(self, block: GuestBlock, runs: Runs) -> SentPages:
-        zeros, data, _ = self._look_at(block, runs)
-        sent = self._send_zeros(block, zeros)
-        if len(data) == 0:
-            return sent
-        begin = wire.encode_pages(block.block.index, data, self._channel.version)
-        with self._channel.frame():
-            self._channel.write(begin, more=True)
-            for first, count in data.tolist():
-                self._channel.write_file(block.fd, first * PAGE_BYTES, count * PAGE_BYTES)
-        return sent + _counted(data, len(begin))
-
-    def _send_short(self, block: GuestBlock, runs: Runs) -> SentPages:
+    def _send_pages(self, block: GuestBlock, runs: Runs) -> SentPages:
         zeros, data, content = self._look_at(block, runs)
         sent = self._send_zeros(block, zeros)
         if len(data) == 0:
