@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import BaseModel, ConfigDict
+
+
+class HostState(StrEnum):
+    """Whether the farm may place VMs on a host.
+
+    `DRAINING`: its VMs are being moved off. `MAINTENANCE`: that has ended, and it stays without new VMs until
+    it is undrained.
+    """
+
+    ACTIVE = "active"
+    DRAINING = "draining"
+    MAINTENANCE = "maintenance"
 
 
 class HostInventory(BaseModel):
