@@ -10,7 +10,6 @@ from fastapi import APIRouter, Query, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.console import serve_console
-from transhume.api.controller_routes import Caller
 from transhume.api.schemas import (
     CreateVmRequest,
     InviteRequest,
@@ -75,8 +74,8 @@ def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller
         return await vms.list()
 
     @router.post("/vms", status_code=201)
-    async def create_vm(body: CreateVmRequest, who: Caller) -> Vm:
-        return await vms.create(body.spec, body.host or who or config.name)
+    async def create_vm(body: CreateVmRequest) -> Vm:
+        return await vms.create(body.spec, body.host, body.labels, body.reserve)
 
     @router.get("/vms/{name}")
     async def show_vm(name: Name) -> Vm:
@@ -87,8 +86,8 @@ def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller
         await vms.delete(name)
 
     @router.post("/vms/{name}/start")
-    async def start_vm(name: Name) -> Vm:
-        return await vms.start(name)
+    async def start_vm(name: Name, ignore_rules: bool = False) -> Vm:
+        return await vms.start(name, ignore_rules)
 
     @router.post("/vms/{name}/stop")
     async def stop_vm(name: Name, body: StopVmRequest) -> Vm:

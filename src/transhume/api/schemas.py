@@ -12,6 +12,7 @@ from transhume.model.vm import NAME_PATTERN, Ownership, VmSpec, VmState
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 MigrationId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+Labels = Annotated[tuple[Name, ...], Field(max_length=50)]
 Lines = Annotated[int, Field(ge=1, le=10_000)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600)]
 
@@ -36,10 +37,12 @@ class InviteRequest(Body):
 
 
 class CreateVmRequest(Body):
-    """`host` is who shall own the VM; without it, the host that was asked."""
+    """`host` is who shall own the VM; without it, the best one. With `reserve` its share is kept for it."""
 
     spec: VmSpec
     host: Name | None = None
+    labels: Labels = ()
+    reserve: bool = False
 
 
 class StopVmRequest(Body):

@@ -12,13 +12,16 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 
+from transhume.farm.admission import Admission
 from transhume.farm.events import EventLog
 from transhume.farm.limits import Limits
 from transhume.farm.members import Links, Members
 from transhume.farm.migrations import Migrations
+from transhume.farm.overview import Overview
 from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
 from transhume.farm.revival import Revivals
+from transhume.farm.rulebook import Rulebook
 from transhume.farm.vms import Vms
 from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, TranshumeError
@@ -58,10 +61,13 @@ class Controller:
         # Numbers that begin with the clock in milliseconds go on rising after a restart.
         self.events = EventLog(first_id=int(clock_s() * 1000) + 1)
         self.members = Members(records, links, own, clock_s, self._limits)
-        self.vms = Vms(records, self.members, clock_s)
+        self.admission = Admission(records, self.members, clock_s)
+        self.vms = Vms(records, self.members, clock_s, self.admission)
         self.migrations = Migrations(
-            records, self.members, self.vms, self.events, clock_s, new_id, self._limits
+            records, self.members, self.vms, self.events, clock_s, new_id, self._limits, self.admission
         )
+        self.rules = Rulebook(records, self.admission)
+        self.overview = Overview(records, self.members, self.admission)
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}

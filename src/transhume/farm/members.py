@@ -23,7 +23,7 @@ from transhume.farm.records import (
 )
 from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, HostLost, NotFound, Unauthorized
-from transhume.model.host import Host, HostInventory
+from transhume.model.host import Host, HostInventory, HostState
 from transhume.model.migration import Outcome
 from transhume.model.vm import VmState
 
@@ -40,6 +40,7 @@ class HostStatus(Host):
     silent: bool
     seen_ago_s: float
     vms: tuple[str, ...] = ()
+    state: HostState = HostState.ACTIVE
 
 
 class Invitation(BaseModel):
@@ -94,8 +95,10 @@ class Members:
             secret=self._own.secret,
             joined_at_s=known.joined_at_s if known else self._clock_s(),
             controller=True,
-            inventory=known.inventory if known else None,
         )
+        if known is not None:
+            kept_fields = ("inventory", "state", "reserve_memory_bytes", "cpu_overcommit", "labels")
+            record = record.model_copy(update={name: getattr(known, name) for name in kept_fields})
         if record != known:
             await self._records.store.transact(puts={host_key(record.name): encode(record)})
             self._hosts[record.name] = record
@@ -203,8 +206,11 @@ class Members:
         owned: dict[str, list[str]] = {}
         for kept in await self._records.ownerships():
             owned.setdefault(kept.record.owner, []).append(kept.key.split("/", 1)[1])
-        names = sorted(name for name in self._hosts if self._inventory(name) is not None)
-        return [self._status(name, tuple(owned.get(name, ()))) for name in names]
+        return [self._status(name, tuple(owned.get(name, ()))) for name in self.names()]
+
+    def names(self) -> list[str]:
+        """All members that have reported at least once, in order."""
+        return sorted(name for name in self._hosts if self._inventory(name) is not None)
 
     def host(self, name: str) -> HostStatus:
         """One member, its `vms` empty. `NotFound` for a stranger, `HostLost` for one that never reported."""
@@ -215,6 +221,24 @@ class Members:
     def link(self, name: str) -> HostLink:
         """The way to a member. Raises as `host` does."""
         return self._links(self.host(name), self._hosts[name].secret)
+
+    def record(self, name: str) -> HostRecord:
+        """What the store has of a member. Raises `NotFound` for a stranger."""
+        if name not in self._hosts:
+            raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
+        return self._hosts[name]
+
+    async def configure(self, name: str, changes: Mapping[str, object]) -> HostRecord:
+        """Change a member's record: its state, its reservation, its overcommit, its labels."""
+        while True:
+            kept = await self._records.host(name)
+            if kept is None:
+                raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
+            record = kept.record.model_copy(update=dict(changes))
+            puts = {kept.key: encode(record)}
+            if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
+                self._hosts[name] = record
+                return record
 
     def silent(self, name: str) -> bool:
         seen_at_s = self._seen_at_s.get(name)
@@ -257,6 +281,7 @@ class Members:
             silent=self.silent(name),
             seen_ago_s=max(0.0, self._clock_s() - seen_at_s),
             vms=vms,
+            state=record.state,
         )
 
 

@@ -11,9 +11,11 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, KeysView
 from dataclasses import dataclass
 
-from transhume.farm.preflight import VMM_OVERHEAD_BYTES
 from transhume.model.host import HostState
 from transhume.model.vm import Accel, VmSpec
+
+VMM_OVERHEAD_BYTES = 192 << 20
+"""What QEMU itself needs beside the guest's RAM: its heap, ROMs, the display's memory."""
 
 DEFAULT_CPU_OVERCOMMIT = 4.0
 """vCPUs promised for each CPU of a host, unless the farm or the host is set otherwise."""
