@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from transhume.farm.admission import Admission
+from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.limits import Limits
 from transhume.farm.members import Links, Members
@@ -68,6 +69,16 @@ class Controller:
         )
         self.rules = Rulebook(records, self.admission)
         self.overview = Overview(records, self.members, self.admission)
+        self.drains = Drains(
+            records,
+            self.members,
+            self.vms,
+            self.migrations,
+            self.admission,
+            self.events,
+            clock_s,
+            self._limits,
+        )
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}
@@ -76,6 +87,7 @@ class Controller:
         """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
         await self.members.start()
         await self.migrations.start()
+        await self.drains.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
 
     async def close(self) -> None:
@@ -84,6 +96,7 @@ class Controller:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
             self._sweeping = None
+        await self.drains.close()
         await self.migrations.close()
         self.events.close()
 
@@ -132,5 +145,6 @@ class Controller:
             await asyncio.sleep(self._limits.sweep_interval_s)
             try:
                 await self.migrations.sweep()
+                self.drains.wake()
             except TranshumeError as error:
                 log.warning("could not look after the migrations: %s", error.message)

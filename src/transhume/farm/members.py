@@ -17,6 +17,7 @@ from transhume.farm.records import (
     HostRecord,
     TokenRecord,
     absent,
+    drain_key,
     encode,
     host_key,
     token_key,
@@ -26,6 +27,7 @@ from transhume.model.errors import Conflict, HostLost, NotFound, Unauthorized
 from transhume.model.host import Host, HostInventory, HostState
 from transhume.model.migration import Outcome
 from transhume.model.vm import VmState
+from transhume.store.interface import Compare
 
 
 class Links(Protocol):
@@ -177,7 +179,7 @@ class Members:
             raise Conflict(
                 f"host {name} has a part in the migration of {', '.join(sorted(moving))}; wait for its end"
             )
-        await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key])
+        await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key, drain_key(name)])
         for memory in (self._hosts, self._seen_at_s, self._inventories, self._vm_states):
             memory.pop(name, None)
 
@@ -228,17 +230,31 @@ class Members:
             raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
         return self._hosts[name]
 
-    async def configure(self, name: str, changes: Mapping[str, object]) -> HostRecord:
-        """Change a member's record: its state, its reservation, its overcommit, its labels."""
+    async def configure(
+        self,
+        name: str,
+        changes: Mapping[str, object],
+        along: Mapping[str, tuple[int, bytes]] | None = None,
+    ) -> HostRecord | None:
+        """Change a member's record: its state, its reservation, its overcommit, its labels.
+
+        `along` are other records that are written in the same transaction, each with the revision that it
+        must have. None: one of those had another.
+        """
+        others = along or {}
         while True:
             kept = await self._records.host(name)
             if kept is None:
                 raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
             record = kept.record.model_copy(update=dict(changes))
-            puts = {kept.key: encode(record)}
-            if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
+            compares = [kept.unchanged, *(Compare(key, revision) for key, (revision, _) in others.items())]
+            puts = {kept.key: encode(record), **{key: value for key, (_, value) in others.items()}}
+            if await self._records.store.transact(compares=compares, puts=puts) is not None:
                 self._hosts[name] = record
                 return record
+            now = await self._records.host(name)
+            if others and now is not None and now.mod_revision == kept.mod_revision:
+                return None
 
     def silent(self, name: str) -> bool:
         seen_at_s = self._seen_at_s.get(name)

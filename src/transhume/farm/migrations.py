@@ -132,6 +132,10 @@ class Migrations:
         records = [self._live.get(entry.record.id, entry.record) for entry in kept]
         return sorted(records, key=lambda record: (record.created_at_s, record.id))[-limit:]
 
+    def under_way(self) -> tuple[Migration, ...]:
+        """Those that have begun and not ended."""
+        return tuple(record for record in self._live.values() if record.phase is not Phase.QUEUED)
+
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """The events of one migration with a number over `after`, ending with the one that ended it.
 
