@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.console import serve_console
+from transhume.api.pool_routes import pool_router
 from transhume.api.schemas import (
     CreateVmRequest,
     InviteRequest,
@@ -43,6 +44,7 @@ def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
     _add_vm_io_routes(router, controller)
     _add_migration_routes(router, controller)
     _add_revival_routes(router, controller)
+    router.include_router(pool_router(controller))
     return router
 
 
