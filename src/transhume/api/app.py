@@ -47,7 +47,7 @@ def create_app(config: HostConfig, host: HostLink, controller: Controller | None
         app.include_router(forward_router(config))
         return Gate(app, config.name, lambda name, secret: _is_own(config, name, secret))
     app.include_router(controller_router(controller))
-    app.include_router(farm_router(config, controller))
+    app.include_router(farm_router(controller))
     return Gate(RegisterApp(controller, app), config.name, controller.members.authenticates)
 
 

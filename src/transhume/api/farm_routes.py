@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.console import serve_console
-from transhume.api.pool_routes import pool_router
+from transhume.api.pool_routes import add_pool_routes
 from transhume.api.schemas import (
     CreateVmRequest,
     InviteRequest,
@@ -27,7 +27,6 @@ from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.farm.revival import Revival
-from transhume.host.config import HostConfig
 from transhume.model.migration import DryRun, Migration
 from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm
@@ -36,15 +35,15 @@ STREAM_BEAT_S = 5.0
 """A stream without news sends an empty line so often, so that both ends notice when the other is gone."""
 
 
-def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
+def farm_router(controller: Controller) -> APIRouter:
     """Routes under /v1."""
     router = APIRouter(prefix="/v1")
     _add_host_routes(router, controller)
-    _add_vm_routes(router, config, controller)
+    _add_vm_routes(router, controller)
     _add_vm_io_routes(router, controller)
     _add_migration_routes(router, controller)
     _add_revival_routes(router, controller)
-    router.include_router(pool_router(controller))
+    add_pool_routes(router, controller)
     return router
 
 
@@ -68,7 +67,7 @@ def _add_host_routes(router: APIRouter, controller: Controller) -> None:
         await members.remove(name)
 
 
-def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller) -> None:
+def _add_vm_routes(router: APIRouter, controller: Controller) -> None:
     vms = controller.vms
 
     @router.get("/vms")

@@ -20,16 +20,14 @@ from transhume.farm.rules import Rule
 from transhume.model.vm import Vm
 
 
-def pool_router(controller: Controller) -> APIRouter:
-    """Routes without their prefix: they are included under /v1."""
-    router = APIRouter()
-    _add_pool_routes(router, controller)
+def add_pool_routes(router: APIRouter, controller: Controller) -> None:
+    """Add them to the router of /v1."""
+    _add_settings_routes(router, controller)
     _add_rule_routes(router, controller)
     _add_drain_routes(router, controller)
-    return router
 
 
-def _add_pool_routes(router: APIRouter, controller: Controller) -> None:
+def _add_settings_routes(router: APIRouter, controller: Controller) -> None:
     overview = controller.overview
 
     @router.get("/farm")

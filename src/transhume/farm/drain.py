@@ -80,6 +80,10 @@ class Drains:
 
     def wake(self) -> None:
         """Look after all drains now. Called again and again."""
+        for host, task in list(self._tasks.items()):
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("working on the drain of %s failed", host, exc_info=task.exception())
+                self._work_on(host)
         for news in self._news.values():
             news.set()
 
