@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from pydantic import BaseModel, ConfigDict
 
 from transhume.farm.admission import Admission, Situation
@@ -75,7 +77,8 @@ class Overview:
         """The pool as it is now. Raises `StoreError`."""
         found = await self._admission.situation()
         settings = await self._records.settings()
-        lost = losses(found.pool, found.rules)
+        # In a thread: in a large farm it takes a second, and commits do not wait for it.
+        lost = await asyncio.to_thread(losses, found.pool, found.rules)
         bad = worst(lost)
         hosts = tuple(
             _share(name, found, lost[name].short_bytes, lost[name].stranded) for name in found.pool.hosts
