@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
+import pytest
+import typer
 from tests.api.daemons import Daemons, two_daemons
 from tests.cli.command import finish, start, transhume
 
+from transhume.cli.drain_commands import confirm
+from transhume.cli.drain_follow import LiveView
 from transhume.cli.pool_tables import drain_lines, fraction
+from transhume.cli.session import Session
 from transhume.farm.drain_record import Drain, DrainState, DrainStep, StepState
+from transhume.model.errors import Refused
 from transhume.model.migration import Migration, MigrationReport, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
 from transhume.model.vm import Ownership, VmState
+
+Capsys = pytest.CaptureFixture[str]
 
 
 async def complete(d: Daemons, migration: Migration) -> None:
@@ -193,3 +203,36 @@ def test_the_whole_and_each_vm_on_lines_of_their_own() -> None:
     assert [len(line) for line in drain_lines(drain, 10)] == [10, 10]
     assert fraction(Drain(host="x")) == 0.0
     assert fraction(Drain(host="x", state=DrainState.DONE)) == 1.0
+
+
+def test_a_plan_is_shown_and_done_only_after_a_yes(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+    steps = (
+        DrainStep(vm="web", source="alpha", destination="beta", wave=1, wire_bytes=5_000_000, seconds=2.0),
+        DrainStep(vm="gpu", source="alpha", state=StepState.BLOCKED, reason="it has a VFIO device"),
+    )
+    plan = Drain(host="alpha", steps=steps, wire_bytes=5_000_000, seconds=2.0)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    current = Session(Path("/none"))
+    monkeypatch.setattr(typer, "confirm", lambda *_, **__: False)
+    with pytest.raises(Refused, match="nothing was changed"):
+        confirm(current, plan)
+    told = capsys.readouterr().out
+    assert "gpu blocked: it has a VFIO device" in told
+    assert "1 VMs, 5 MB, about 2.0 s; 1 cannot go" in told
+    monkeypatch.setattr(typer, "confirm", lambda *_, **__: True)
+    confirm(current, plan)
+    with pytest.raises(Refused, match="--yes does it"):
+        confirm(Session(Path("/none"), as_json=True), plan)
+
+
+def test_the_live_view_ends_with_the_report(capsys: Capsys) -> None:
+    step = DrainStep(vm="b", source="x", destination="y", state=StepState.MOVING, memory_bytes=100)
+    view = LiveView()
+    view.update(Drain(host="x", steps=(step,)))
+    view.note("cancelling")
+    view.close()
+    moved = step.model_copy(update={"state": StepState.MOVED})
+    view.report(Drain(host="x", steps=(moved,), state=DrainState.DONE, ended_at_s=3.0))
+    told = capsys.readouterr().out
+    assert "cancelling" in told
+    assert "drain of x: done in 3.0 s; 1 moved. x gets no VMs until `transhume undrain x`" in told

@@ -88,7 +88,7 @@ def drain(
         if action is Action.PLAN:
             raise typer.Exit(_tell_plan(current, plan))
         if not yes:
-            _confirm(current, plan)
+            confirm(current, plan)
         raise typer.Exit(current.call(lambda client: _begin(client, current, host, options, detach)))
     if action is Action.FOLLOW:
         raise typer.Exit(current.call(lambda client: _follow(client, current, host)))
@@ -193,7 +193,7 @@ def _tell_plan(current: Session, plan: Drain) -> int:
     return Refused.exit_code if any(step.state is StepState.BLOCKED for step in plan.steps) else 0
 
 
-def _confirm(current: Session, plan: Drain) -> None:
+def confirm(current: Session, plan: Drain) -> None:
     """Show the plan and ask. Raises `Refused` without a yes."""
     if current.as_json or not sys.stdin.isatty():
         raise Refused(

@@ -93,10 +93,9 @@ class Migrations:
     ) -> Migration:
         """Step 1: check, enter the migration in the store, and set it up in the background.
 
-        While an earlier one of the VM owes pages, the migration is queued instead: it begins, and is checked,
-        when that one is over. `leaving` are VMs that leave the same host: rules about where those are now do
-        not count. Raises `PreflightFailed` with all reasons, `Conflict` with the id of the
-        migration that is under way or queued, `NotFound`, `HostLost`; nothing has changed then.
+        While an earlier one of the VM owes pages, it is queued: it begins, and is checked, after that one.
+        Where the `leaving` VMs of its host are breaks no rule. Raises `PreflightFailed` with all reasons,
+        `Conflict` with the id of the one under way or queued, `NotFound`, `HostLost`: nothing has changed.
         """
         view = await self._vms.show(vm)
         if view.migration or view.queued:
@@ -113,8 +112,8 @@ class Migrations:
     async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
         """What a migration would meet. Changes nothing; takes as long as the sample of the dirty rate."""
         view = await self._vms.show(vm)
-        entrance = Entrance(self._admission, hold=False)
-        return await dry_run(self._members, self._records, view, to, options, self._limits.sample_s, entrance)
+        sample_s, entrance = self._limits.sample_s, Entrance(self._admission, hold=False)
+        return await dry_run(self._members, self._records, view, to, options, sample_s, entrance)
 
     async def get(self, migration: str) -> Migration:
         """The record, with the newest progress. Raises `NotFound`."""
