@@ -21,7 +21,7 @@ SPEC = VmSpec(name="web", memory_bytes=256 * MIB, cpus=1)
 
 async def test_a_vms_life_asked_for_from_a_member() -> None:
     async with two_daemons() as d, d.near(d.beta_config) as client:
-        vm = await client.create_vm(SPEC, None)
+        vm = await client.create_vm(SPEC, "beta")
         assert vm.ownership == Ownership(owner="beta", epoch=1)
         assert vm.spec.machine_type == "pc-q35-7.2"
         assert (await client.start_vm("web")).state is VmState.RUNNING
@@ -40,7 +40,7 @@ async def test_a_vms_life_asked_for_from_a_member() -> None:
         assert await client.vms() == []
 
 
-async def test_a_vm_is_made_on_the_host_that_was_asked_or_named() -> None:
+async def test_a_vm_is_made_on_the_host_that_is_named_or_has_room() -> None:
     async with two_daemons() as d, d.near(d.alpha_config) as client:
         assert (await client.create_vm(SPEC, None)).ownership.owner == "alpha"
         other = SPEC.model_copy(update={"name": "db"})

@@ -45,7 +45,7 @@ def _answered(section: str) -> set[str]:
     config = HostConfig(name="alpha", state_dir=Path("/none"), address="192.0.2.1")
     host = ScriptedHost("alpha")
     controller = Controller(MemoryStore(), lambda _host: host, config)
-    routers = (host_router(config, host), controller_router(controller), farm_router(config, controller))
+    routers = (host_router(config, host), controller_router(controller), farm_router(controller))
     found = set(WITHOUT_FRAMEWORK) if section == "/controller/v1" else set()
     for route in (route for router in routers for route in router.routes):
         if isinstance(route, APIRoute) and route.path.startswith(f"{section}/"):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from transhume.farm.members import HostStatus
-from transhume.farm.preflight import VMM_OVERHEAD_BYTES, destination_reasons, source_reasons
+from transhume.farm.pool import VMM_OVERHEAD_BYTES
+from transhume.farm.preflight import destination_reasons, source_reasons
 from transhume.model.host import GuestCpus, ModelRank
 from transhume.model.migration import Engine, MigrationOptions
 from transhume.model.orders import DestinationFacts, SourceFacts

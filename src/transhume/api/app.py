@@ -50,7 +50,7 @@ def create_app(
         app.include_router(forward_router(config, credentials))
         return Gate(app, config.name, lambda peer: peer.controller)
     app.include_router(controller_router(controller))
-    app.include_router(farm_router(config, controller))
+    app.include_router(farm_router(controller))
     return Gate(
         RegisterApp(controller, app),
         config.name,

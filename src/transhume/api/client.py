@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -10,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from transhume.api.http_calls import HttpCalls, part
 from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import open_answer
+from transhume.api.pool_client import PoolClient
 from transhume.api.problem import from_problem
 from transhume.api.schemas import ClockAnswer, JoinPreview, LogText, Pong
 from transhume.farm.baseline import FarmBaseline
@@ -54,6 +56,11 @@ class FarmClient:
     async def close(self) -> None:
         await self._calls.close()
 
+    @cached_property
+    def pool(self) -> PoolClient:
+        """The farm as a pool: rules, settings, drains."""
+        return PoolClient(self._calls)
+
     async def ping(self) -> Pong:
         """The daemon itself, whether or not it reaches the controller. For local callers."""
         return await self._calls.ask("GET", "/host/v1/ping", Pong, timeout_s=5.0)
@@ -87,12 +94,23 @@ class FarmClient:
     async def vm(self, name: str) -> Vm:
         return await self._calls.ask("GET", f"/v1/vms/{part(name)}", Vm)
 
-    async def create_vm(self, spec: VmSpec, host: str | None) -> Vm:
-        body = {"spec": spec.model_dump(mode="json"), "host": host}
+    async def create_vm(
+        self, spec: VmSpec, host: str | None, labels: tuple[str, ...] = (), reserve: bool = False
+    ) -> Vm:
+        """Without `host` the farm places it. Raises `PreflightFailed` with all reasons when it fits
+        nowhere.
+        """
+        body: dict[str, object] = {"spec": spec.model_dump(mode="json"), "host": host}
+        if labels:
+            body["labels"] = labels
+        if reserve:
+            body["reserve"] = reserve
         return await self._calls.ask("POST", "/v1/vms", Vm, body)
 
-    async def start_vm(self, name: str) -> Vm:
-        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/start", Vm, timeout_s=90.0)
+    async def start_vm(self, name: str, ignore_rules: bool = False) -> Vm:
+        path = f"/v1/vms/{part(name)}/start"
+        params = {"ignore_rules": True} if ignore_rules else None
+        return await self._calls.ask("POST", path, Vm, params=params, timeout_s=90.0)
 
     async def stop_vm(self, name: str, timeout_s: float) -> Vm:
         body = {"timeout_s": timeout_s}

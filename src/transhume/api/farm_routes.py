@@ -11,7 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
-from transhume.api.controller_routes import Caller
+from transhume.api.pool_routes import add_pool_routes
 from transhume.api.schemas import (
     AuthorityText,
     CreateVmRequest,
@@ -29,7 +29,6 @@ from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.farm.revival import Revival
-from transhume.host.config import HostConfig
 from transhume.model.migration import DryRun, Migration
 from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm
@@ -38,15 +37,16 @@ STREAM_BEAT_S = 5.0
 """A stream without news sends an empty line so often, so that both ends notice when the other is gone."""
 
 
-def farm_router(config: HostConfig, controller: Controller) -> APIRouter:
+def farm_router(controller: Controller) -> APIRouter:
     """Routes under /v1."""
     router = APIRouter(prefix="/v1")
     _add_host_routes(router, controller)
-    _add_vm_routes(router, config, controller)
+    _add_vm_routes(router, controller)
     _add_vm_io_routes(router, controller)
     _add_migration_routes(router, controller)
     _add_revival_routes(router, controller)
     add_baseline_routes(router, controller)
+    add_pool_routes(router, controller)
     return router
 
 
@@ -75,7 +75,7 @@ def _add_host_routes(router: APIRouter, controller: Controller) -> None:
         await members.remove(name)
 
 
-def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller) -> None:
+def _add_vm_routes(router: APIRouter, controller: Controller) -> None:
     vms = controller.vms
 
     @router.get("/vms")
@@ -83,8 +83,8 @@ def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller
         return await vms.list()
 
     @router.post("/vms", status_code=201)
-    async def create_vm(body: CreateVmRequest, who: Caller) -> Vm:
-        return await vms.create(body.spec, body.host or who or config.name)
+    async def create_vm(body: CreateVmRequest) -> Vm:
+        return await vms.create(body.spec, body.host, body.labels, body.reserve)
 
     @router.get("/vms/{name}")
     async def show_vm(name: Name) -> Vm:
@@ -95,8 +95,8 @@ def _add_vm_routes(router: APIRouter, config: HostConfig, controller: Controller
         await vms.delete(name)
 
     @router.post("/vms/{name}/start")
-    async def start_vm(name: Name) -> Vm:
-        return await vms.start(name)
+    async def start_vm(name: Name, ignore_rules: bool = False) -> Vm:
+        return await vms.start(name, ignore_rules)
 
     @router.post("/vms/{name}/stop")
     async def stop_vm(name: Name, body: StopVmRequest) -> Vm:

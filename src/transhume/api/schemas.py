@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from transhume.farm.drain_record import DrainOptions
 from transhume.model.finding import Finding
 from transhume.model.host import HostInventory
 from transhume.model.migration import MigrationOptions
@@ -14,6 +15,8 @@ from transhume.trust.names import MAX_PEM_BYTES
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 MigrationId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+Labels = Annotated[tuple[Name, ...], Field(max_length=50)]
+CpuOvercommit = Annotated[float, Field(ge=1, le=100)]
 Lines = Annotated[int, Field(ge=1, le=10_000)]
 Pem = Annotated[str, Field(max_length=MAX_PEM_BYTES)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600)]
@@ -78,10 +81,44 @@ class AuthorityText(Body):
 
 
 class CreateVmRequest(Body):
-    """`host` is who shall own the VM; without it, the host that was asked."""
+    """`host` is who shall own the VM; without it, the best one. With `reserve` its share is kept for it."""
 
     spec: VmSpec
     host: Name | None = None
+    labels: Labels = ()
+    reserve: bool = False
+
+
+class VmSettingsRequest(Body):
+    """Labels to add and to take away, and whether its host keeps its share while it is stopped."""
+
+    add_labels: Labels = ()
+    remove_labels: Labels = ()
+    reserve: bool | None = None
+
+
+class HostSettingsRequest(Body):
+    """What is None stays as it is. `reserve_memory_bytes` is what the host keeps for itself."""
+
+    reserve_memory_bytes: int | None = Field(default=None, ge=0)
+    cpu_overcommit: CpuOvercommit | None = None
+    add_labels: Labels = ()
+    remove_labels: Labels = ()
+
+
+class FarmSettingsRequest(Body):
+    cpu_overcommit: CpuOvercommit
+
+
+class DrainRequest(Body):
+    options: DrainOptions = DrainOptions()
+
+
+class UndrainRequest(Body):
+    """`restore`: bring back the VMs that the drain moved away."""
+
+    restore: bool = False
+    options: DrainOptions = DrainOptions()
 
 
 class StopVmRequest(Body):

@@ -184,7 +184,7 @@ def playing(lab: Lab, guest: Guest, name: str, memory_mib: int, workload: Worklo
     """Boot a guest with one vCPU on the lab's first host; it is removed with the end of the block."""
     home = lab.hosts[0]
     files = ("--kernel", str(guest.kernel), "--initrd", str(guest.initrd))
-    size = ("--memory", f"{memory_mib}M", "--cpus", "1")
+    size = ("--memory", f"{memory_mib}M", "--cpus", "1", "--host", home.name)
     home.transhume("vm", "create", name, *size, *files, "--append", workload.arguments()).require_success()
     try:
         with Observer([host.vm_dir(name) / "serial.log" for host in lab.hosts]) as observer:

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from transhume import __version__
-from transhume.cli import doctor_commands, farm_commands, migrate_commands, vm_commands
+from transhume.cli import (
+    doctor_commands,
+    drain_commands,
+    farm_commands,
+    migrate_commands,
+    pool_commands,
+    vm_commands,
+)
 from transhume.cli.session import JsonFlag, Session, say, say_json, session
 from transhume.host.config import DEFAULT_STATE_DIR
 
@@ -44,6 +51,11 @@ app.command("forget", hidden=True)(farm_commands.remove)  # its older name
 app.add_typer(farm_commands.host_app)
 app.command("status")(farm_commands.status)
 app.add_typer(vm_commands.app)
+app.command("farm")(pool_commands.farm)
+app.add_typer(pool_commands.host_app)
+app.add_typer(pool_commands.rule_app)
+app.command("drain")(drain_commands.drain)
+app.command("undrain")(drain_commands.undrain)
 app.command("migrate")(migrate_commands.migrate)
 app.command("cancel")(migrate_commands.cancel)
 app.command("migrations")(migrate_commands.migrations)

@@ -131,7 +131,7 @@ async def follow(client: FarmClient, migration: Migration, view: View) -> int:
     try:
         if migration.phase is Phase.QUEUED:
             view.note(await what_it_waits_for(client, migration))
-        async with _interrupts() as interrupted:
+        async with interrupts() as interrupted:
             last = await _to_the_end(client, migration, view, interrupted)
     finally:
         view.close()
@@ -229,7 +229,7 @@ async def _cancel(client: FarmClient, migration: Migration) -> str:
 
 
 @asynccontextmanager
-async def _interrupts() -> AsyncIterator[asyncio.Queue[None]]:
+async def interrupts() -> AsyncIterator[asyncio.Queue[None]]:
     """Each Ctrl-C as an item of a queue, and not as an exception in the middle of something."""
     pressed: asyncio.Queue[None] = asyncio.Queue()
     loop = asyncio.get_running_loop()

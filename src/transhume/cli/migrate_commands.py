@@ -31,9 +31,7 @@ class Action(StrEnum):
 def migrate(
     context: typer.Context,
     vm: Annotated[str, typer.Argument(metavar="VM", help="A running VM.")],
-    to: Annotated[
-        str | None, typer.Option("--to", help="The destination; default: the host with most memory.")
-    ] = None,
+    to: Annotated[str | None, typer.Option("--to", help="The destination; default: the best one.")] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="Who moves the memory.")] = _DEFAULTS.engine,
     max_downtime: Annotated[
         str,
@@ -101,6 +99,9 @@ def migrate(
             help="Owe pages only when few enough are left to be there within this time after the resume.",
         ),
     ] = None,
+    ignore_rules: Annotated[
+        bool, typer.Option("--ignore-rules", help="Also to where a rule would not have it.")
+    ] = False,
     max_iterations: Annotated[int, typer.Option("--max-iterations")] = _DEFAULTS.max_iterations,
     verify: Annotated[
         bool,
@@ -135,6 +136,7 @@ def migrate(
         "give_up_after_s": None if give_up_after is None else parse_time_s(give_up_after),
         "safe_dir": safe,
         "residual_limit_s": None if residual_limit is None else parse_time_s(residual_limit),
+        "ignore_rules": ignore_rules,
         "max_iterations": max_iterations,
         "verify": verify,
     }

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from transhume.cli.session import on_terminal
 from transhume.farm.members import HostStatus
+from transhume.model.host import HostState
 from transhume.model.migration import DowntimeReport, DryRun, Migration, Outcome, PagingReport, Phase
 from transhume.model.vm import PAGE_BYTES, Vm
 
@@ -53,16 +54,19 @@ def ms_in_words(duration_ms: float) -> str:
 
 def hosts_table(hosts: list[HostStatus], now_s: float) -> Table:
     """`now_s`: a certificate that should have been renewed by then is told."""
-    table = _table("HOST", "STATE", "ADDRESS", "CPUS", "MEMORY FREE", "QEMU", "KERNEL", "KVM", "MOVES", "VMS")
+    table = plain_table(
+        "HOST", "STATE", "ADDRESS", "CPUS", "MEMORY FREE", "QEMU", "KERNEL", "KVM", "MOVES", "VMS"
+    )
     for host in hosts:
         inventory = host.inventory
-        seen = f"silent for {host.seen_ago_s:.0f} s" if host.silent else "up"
+        up = "up" if host.state is HostState.ACTIVE else host.state.value
+        seen = f"silent for {host.seen_ago_s:.0f} s" if host.silent else up
         short = _certificate_short(host, now_s)
-        seen += short
+        colour = "red" if host.silent or short else "green" if seen == "up" else "yellow"
         free = f"{inventory.memory_available_bytes // _MIB} of {inventory.memory_bytes // _MIB} MiB"
         table.add_row(
             host.name + ("*" if host.controller else ""),
-            Text(seen, style="red" if host.silent or short else "green"),
+            Text(seen + short, style=colour),
             f"{host.address}:{host.port}",
             str(inventory.cpus),
             free,
@@ -86,7 +90,7 @@ def _certificate_short(host: HostStatus, now_s: float) -> str:
 
 
 def vms_table(vms: list[Vm]) -> Table:
-    table = _table("VM", "STATE", "HOST", "MEMORY", "CPUS", "ACCEL", "MIGRATION")
+    table = plain_table("VM", "STATE", "HOST", "MEMORY", "CPUS", "ACCEL", "MIGRATION")
     for vm in vms:
         table.add_row(
             vm.spec.name,
@@ -120,13 +124,15 @@ def vm_details(vm: Vm) -> Table:
         "display": spec.display.value,
         "migration": vm.migration,
         "queued": vm.queued,
+        "labels": ", ".join(vm.labels),
+        "reserve": "its share is kept for it while it is stopped" if vm.reserve else "",
         "created": clock(vm.created_at_s),
     }
     return _pairs({name: value for name, value in rows.items() if value})
 
 
 def migrations_table(migrations: list[Migration]) -> Table:
-    table = _table(
+    table = plain_table(
         "MIGRATION", "VM", "FROM", "TO", "ENGINE", "OUTCOME", "TOTAL", "DOWNTIME", "SENT", "RUNS AT", "WHEN"
     )
     for record in migrations:
@@ -233,7 +239,7 @@ def clock(at_s: float) -> str:
 
 
 def _iterations_table(record: Migration) -> Table:
-    table = _table("ITERATION", "PAGES", "ZERO PAGES", "SENT", "TIME", "RATE", "DIRTY AFTER", right=True)
+    table = plain_table("ITERATION", "PAGES", "ZERO PAGES", "SENT", "TIME", "RATE", "DIRTY AFTER", right=True)
     for iteration in record.report.iterations:
         seconds = iteration.duration_ms / 1000
         rate = f"{bytes_in_words(iteration.wire_bytes / seconds)}/s" if seconds > 0 else "-"
@@ -252,13 +258,13 @@ def _iterations_table(record: Migration) -> Table:
 def _downtime_table(downtime: DowntimeReport) -> Table:
     parts = [(label, getattr(downtime, field)) for label, field in _DOWNTIME_PARTS]
     shown = [(label, duration_ms) for label, duration_ms in parts if duration_ms or label != "verify"]
-    table = _table("DOWNTIME", *(label for label, _ in shown), right=True)
+    table = plain_table("DOWNTIME", *(label for label, _ in shown), right=True)
     table.add_row(ms_in_words(downtime.total_ms), *(ms_in_words(duration_ms) for _, duration_ms in shown))
     return table
 
 
 def _paging_table(paging: PagingReport) -> Table:
-    table = _table(
+    table = plain_table(
         "OWED PAGES",
         "ON DEMAND",
         "PUSHED",
@@ -299,7 +305,7 @@ def _style(record: Migration) -> str:
     return {Outcome.RUNNING: "", Outcome.CANCELLED: "yellow"}.get(record.outcome, "red")
 
 
-def _table(*headings: str, right: bool = False) -> Table:
+def plain_table(*headings: str, right: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
         table.add_column(heading, no_wrap=True, justify="right" if right and number else "left")

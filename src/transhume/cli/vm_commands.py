@@ -48,7 +48,13 @@ def create(
     cpu: Annotated[
         str, typer.Option("--cpu", help="A QEMU CPU model, or `baseline`: one that all hosts have.")
     ] = "",
-    host: Annotated[str | None, typer.Option("--host", help="Who shall own it; default: this host.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Who shall own it; default: where there is most room.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")] = None,
+    reserve: Annotated[
+        bool, typer.Option("--reserve", help="Keep its share of its host while it is stopped too.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a VM; nothing runs yet."""
@@ -70,17 +76,24 @@ def create(
     except ValidationError as error:
         raise Refused(f"VM {name} cannot be made: {words_of(error)}") from error
     current = session(context, as_json)
-    made = current.call(lambda client: client.create_vm(spec, host))
+    made = current.call(lambda client: client.create_vm(spec, host, tuple(label or ()), reserve))
     _tell(
         current, made, f"VM {name} is made on {made.ownership.owner}; `transhume vm start {name}` starts it"
     )
 
 
 @app.command("start")
-def start(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
-    """Start a VM on the host that owns it."""
+def start(
+    context: typer.Context,
+    name: NameArgument,
+    ignore_rules: Annotated[
+        bool, typer.Option("--ignore-rules", help="Also where a rule would not have it.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Start a VM on the host that owns it, or where there is room when that has none."""
     current = session(context, as_json)
-    vm = current.call(lambda client: client.start_vm(name))
+    vm = current.call(lambda client: client.start_vm(name, ignore_rules))
     _tell(current, vm, f"VM {name} runs on {vm.ownership.owner}")
 
 
@@ -152,6 +165,30 @@ def _confirm(offer: Revival) -> None:
         )
     if typer.prompt(f"Type {offer.vm} to take it back to {offer.source}", err=True) != offer.vm:
         raise Refused("nothing was changed: that is not the VM's name")
+
+
+@app.command("set")
+def set_vm(
+    context: typer.Context,
+    name: NameArgument,
+    label: Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")] = None,
+    unlabel: Annotated[
+        list[str] | None, typer.Option("--unlabel", help="Take a label away. May repeat.")
+    ] = None,
+    reserve: Annotated[
+        bool | None,
+        typer.Option("--reserve/--no-reserve", help="Whether to keep its share while it is stopped too."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Set a VM's labels, and whether its share is kept for it."""
+    current = session(context, as_json)
+    add, remove = tuple(label or ()), tuple(unlabel or ())
+    if not add and not remove and reserve is None:
+        raise Refused("say what to set: --label, --unlabel, --reserve or --no-reserve")
+    vm = current.call(lambda client: client.pool.set_vm(name, add, remove, reserve))
+    kept = "its share is kept for it" if vm.reserve else "it has a share while it runs"
+    _tell(current, vm, f"VM {name} has the labels {', '.join(vm.labels) or '-'}; {kept}")
 
 
 @app.command("delete")

@@ -106,7 +106,7 @@ def _run(console: Console, records: list[DemoRecord]) -> None:
 def _boot(host: LabHost, guest: Guest, observer: Observer, status: Status) -> None:
     status.update(f"booting a Linux guest of {MEMORY_MIB} MiB on {host.name}")
     files = ("--kernel", str(guest.kernel), "--initrd", str(guest.initrd))
-    size = ("--memory", f"{MEMORY_MIB}M", "--cpus", "1")
+    size = ("--memory", f"{MEMORY_MIB}M", "--cpus", "1", "--host", host.name)
     host.transhume("vm", "create", VM, *size, *files, "--append", WORKLOAD.arguments()).require_success()
     host.transhume("vm", "start", VM).require_success()
     observer.wait_until_ready(_BOOT_LIMIT_S)

@@ -12,13 +12,17 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 
+from transhume.farm.admission import Admission
+from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.limits import Limits
 from transhume.farm.members import Links, Members
 from transhume.farm.migrations import Migrations
+from transhume.farm.overview import Overview
 from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
 from transhume.farm.revival import Revivals
+from transhume.farm.rulebook import Rulebook
 from transhume.farm.vms import Vms
 from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, TranshumeError
@@ -58,9 +62,22 @@ class Controller:
         # Numbers that begin with the clock in milliseconds go on rising after a restart.
         self.events = EventLog(first_id=int(clock_s() * 1000) + 1)
         self.members = Members(records, links, own, clock_s, self._limits)
-        self.vms = Vms(records, self.members, clock_s)
+        self.admission = Admission(records, self.members, clock_s)
+        self.vms = Vms(records, self.members, clock_s, self.admission)
         self.migrations = Migrations(
-            records, self.members, self.vms, self.events, clock_s, new_id, self._limits
+            records, self.members, self.vms, self.events, clock_s, new_id, self._limits, self.admission
+        )
+        self.rules = Rulebook(records, self.admission)
+        self.overview = Overview(records, self.members, self.admission)
+        self.drains = Drains(
+            records,
+            self.members,
+            self.vms,
+            self.migrations,
+            self.admission,
+            self.events,
+            clock_s,
+            self._limits,
         )
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
@@ -70,6 +87,7 @@ class Controller:
         """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
         await self.members.start()
         await self.migrations.start()
+        await self.drains.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
 
     async def close(self) -> None:
@@ -78,6 +96,7 @@ class Controller:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
             self._sweeping = None
+        await self.drains.close()
         await self.migrations.close()
         self.events.close()
 
@@ -130,5 +149,6 @@ class Controller:
             await asyncio.sleep(self._limits.sweep_interval_s)
             try:
                 await self.migrations.sweep()
+                self.drains.wake()
             except TranshumeError as error:
                 log.warning("could not look after the migrations: %s", error.message)

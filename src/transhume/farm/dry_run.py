@@ -5,7 +5,7 @@ from __future__ import annotations
 from transhume.farm.members import Members
 from transhume.farm.prediction import dirty_rate_bytes_s, effective_rate_bytes_s, experience, predict
 from transhume.farm.records import FarmRecords
-from transhume.farm.survey import survey
+from transhume.farm.survey import Entrance, survey
 from transhume.model.errors import TranshumeError
 from transhume.model.migration import DryRun, MigrationOptions
 from transhume.model.vm import Vm
@@ -18,12 +18,13 @@ async def dry_run(
     to: str | None,
     options: MigrationOptions,
     sample_s: float,
+    entrance: Entrance | None = None,
 ) -> DryRun:
     """Survey and predict; `to` None chooses the destination. Changes nothing, and takes `sample_s` at least.
 
     Raises as `survey`. A VM whose writes cannot be sampled is told without a prediction.
     """
-    found = await survey(members, vm, to, options)
+    found = await survey(members, vm, to, options, entrance)
     answer = DryRun(
         vm=vm.spec.name,
         source=found.source.name,

@@ -16,16 +16,18 @@ from transhume.farm.records import (
     Kept,
     TokenRecord,
     absent,
+    drain_key,
     encode,
     host_key,
     token_key,
 )
 from transhume.host.config import HostConfig
 from transhume.model.errors import Conflict, HostLost, NotFound, Unauthorized
-from transhume.model.host import Host, HostInventory
+from transhume.model.host import Host, HostInventory, HostState
 from transhume.model.migration import Outcome
 from transhume.model.orders import Renewed
 from transhume.model.vm import VmState
+from transhume.store.interface import Compare
 from transhume.trust.token import Token, hash_of
 
 _KEPT_CERTIFICATES = 3
@@ -47,6 +49,7 @@ class HostStatus(Host):
     certificate_expires_at_s: float = 0.0
     seen_ago_s: float
     vms: tuple[str, ...] = ()
+    state: HostState = HostState.ACTIVE
 
 
 class Invitation(BaseModel):
@@ -106,8 +109,10 @@ class Members:
             joined_at_s=known.joined_at_s if known else self._clock_s(),
             certificates=known.certificates if known else (),
             controller=True,
-            inventory=known.inventory if known else None,
         )
+        if known is not None:
+            kept_fields = ("inventory", "state", "reserve_memory_bytes", "cpu_overcommit", "labels")
+            record = record.model_copy(update={name: getattr(known, name) for name in kept_fields})
         if record != known:
             await self._records.store.transact(puts={host_key(record.name): encode(record)})
             self._hosts[record.name] = record
@@ -259,7 +264,8 @@ class Members:
             raise Conflict(
                 f"host {name} has a part in the migration of {', '.join(sorted(moving))}; wait for its end"
             )
-        if await self._records.store.transact(compares=[kept.unchanged], deletes=[kept.key]) is None:
+        deletes = [kept.key, drain_key(name)]
+        if await self._records.store.transact(compares=[kept.unchanged], deletes=deletes) is None:
             raise Conflict(f"the record of host {name} changed at the same moment; try again")
         for memory in (self._hosts, self._seen_at_s, self._inventories, self._vm_states):
             memory.pop(name, None)
@@ -289,8 +295,11 @@ class Members:
         owned: dict[str, list[str]] = {}
         for kept in await self._records.ownerships():
             owned.setdefault(kept.record.owner, []).append(kept.key.split("/", 1)[1])
-        names = sorted(name for name in self._hosts if self._inventory(name) is not None)
-        return [self._status(name, tuple(owned.get(name, ()))) for name in names]
+        return [self._status(name, tuple(owned.get(name, ()))) for name in self.names()]
+
+    def names(self) -> list[str]:
+        """All members that have reported at least once, in order."""
+        return sorted(name for name in self._hosts if self._inventory(name) is not None)
 
     def host(self, name: str) -> HostStatus:
         """One member, its `vms` empty. `NotFound` for a stranger, `HostLost` for one that never reported."""
@@ -301,6 +310,38 @@ class Members:
     def link(self, name: str) -> HostLink:
         """The way to a member. Raises as `host` does."""
         return self._links(self.host(name))
+
+    def record(self, name: str) -> HostRecord:
+        """What the store has of a member. Raises `NotFound` for a stranger."""
+        if name not in self._hosts:
+            raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
+        return self._hosts[name]
+
+    async def configure(
+        self,
+        name: str,
+        changes: Mapping[str, object],
+        along: Mapping[str, tuple[int, bytes]] | None = None,
+    ) -> HostRecord | None:
+        """Change a member's record: its state, its reservation, its overcommit, its labels.
+
+        `along` are other records that are written in the same transaction, each with the revision that it
+        must have. None: one of those had another.
+        """
+        others = along or {}
+        while True:
+            kept = await self._records.host(name)
+            if kept is None:
+                raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
+            record = kept.record.model_copy(update=dict(changes))
+            compares = [kept.unchanged, *(Compare(key, revision) for key, (revision, _) in others.items())]
+            puts = {kept.key: encode(record), **{key: value for key, (_, value) in others.items()}}
+            if await self._records.store.transact(compares=compares, puts=puts) is not None:
+                self._hosts[name] = record
+                return record
+            now = await self._records.host(name)
+            if others and now is not None and now.mod_revision == kept.mod_revision:
+                return None
 
     def silent(self, name: str) -> bool:
         seen_at_s = self._seen_at_s.get(name)
@@ -344,6 +385,7 @@ class Members:
             seen_ago_s=max(0.0, self._clock_s() - seen_at_s),
             certificate_expires_at_s=record.certificates[-1].expires_at_s if record.certificates else 0.0,
             vms=vms,
+            state=record.state,
         )
 
 

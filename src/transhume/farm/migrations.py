@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from transhume.farm.admission import Admission
 from transhume.farm.dry_run import dry_run
 from transhume.farm.endings import Claim, Endings, at_destination, at_source
 from transhume.farm.events import EventLog, MigrationEvent
@@ -22,7 +23,7 @@ from transhume.farm.members import Members
 from transhume.farm.merge import merged
 from transhume.farm.queue import Queue, already_queued
 from transhume.farm.records import FarmRecords, absent, encode, migration_key, vm_key
-from transhume.farm.survey import Survey, survey
+from transhume.farm.survey import Entrance, Survey, survey
 from transhume.farm.vms import Vms
 from transhume.model.errors import (
     Conflict,
@@ -52,6 +53,7 @@ class Migrations:
         clock_s: Callable[[], float],
         new_id: Callable[[], str],
         limits: Limits,
+        admission: Admission,
     ) -> None:
         self._records = records
         self._members = members
@@ -61,7 +63,8 @@ class Migrations:
         self._new_id = new_id
         self._limits = limits
         self._endings = Endings(records, members, clock_s)
-        self._queue = Queue(records, members, vms, clock_s, new_id)
+        self._admission = admission
+        self._queue = Queue(records, members, vms, clock_s, new_id, admission)
         self._live: dict[str, Migration] = {}
         self._heard_at_s: dict[str, float] = {}
         self._setups: dict[str, asyncio.Task[None]] = {}
@@ -85,12 +88,14 @@ class Migrations:
             task.cancel()
         await asyncio.gather(*setups, return_exceptions=True)
 
-    async def request(self, vm: str, to: str | None, options: MigrationOptions) -> Migration:
+    async def request(
+        self, vm: str, to: str | None, options: MigrationOptions, leaving: frozenset[str] = frozenset()
+    ) -> Migration:
         """Step 1: check, enter the migration in the store, and set it up in the background.
 
-        While an earlier one of the VM owes pages, the migration is queued instead: it begins, and is checked,
-        when that one is over. Raises `PreflightFailed` with all reasons, `Conflict` with the id of the
-        migration that is under way or queued, `NotFound`, `HostLost`; nothing has changed then.
+        While an earlier one of the VM owes pages, it is queued: it begins, and is checked, after that one.
+        Where the `leaving` VMs of its host are breaks no rule. Raises `PreflightFailed` with all reasons,
+        `Conflict` with the id of the one under way or queued, `NotFound`, `HostLost`: nothing has changed.
         """
         view = await self._vms.show(vm)
         if view.migration or view.queued:
@@ -98,7 +103,7 @@ class Migrations:
             if queued is not None:
                 return queued
             view = await self._vms.show(vm)
-        found = await survey(self._members, view, to, options)
+        found = await survey(self._members, view, to, options, Entrance(self._admission, leaving))
         found.demand_clear()
         migration = await self._enter(found, options)
         self._in_background(migration.id, self._set_up(found, migration))
@@ -107,7 +112,8 @@ class Migrations:
     async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
         """What a migration would meet. Changes nothing; takes as long as the sample of the dirty rate."""
         view = await self._vms.show(vm)
-        return await dry_run(self._members, self._records, view, to, options, self._limits.sample_s)
+        sample_s, entrance = self._limits.sample_s, Entrance(self._admission, hold=False)
+        return await dry_run(self._members, self._records, view, to, options, sample_s, entrance)
 
     async def get(self, migration: str) -> Migration:
         """The record, with the newest progress. Raises `NotFound`."""
@@ -124,6 +130,10 @@ class Migrations:
         kept = await self._records.migrations()
         records = [self._live.get(entry.record.id, entry.record) for entry in kept]
         return sorted(records, key=lambda record: (record.created_at_s, record.id))[-limit:]
+
+    def under_way(self) -> tuple[Migration, ...]:
+        """Those that have begun and not ended."""
+        return tuple(record for record in self._live.values() if record.phase is not Phase.QUEUED)
 
     async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
         """The events of one migration with a number over `after`, ending with the one that ended it.
@@ -455,6 +465,7 @@ class Migrations:
         self._last_words.pop(ended.id, None)
         self._beginning.pop(ended.id, None)
         self._begun.discard(ended.id)
+        self._admission.let_go(ended.vm, ended.destination)
         self._events.append(ended)
         for waiting in list(self._live.values()):
             if waiting.phase is Phase.QUEUED and waiting.behind == ended.id:

@@ -7,12 +7,10 @@ its source hold for every destination.
 from __future__ import annotations
 
 from transhume.farm.members import HostStatus
+from transhume.farm.pool import VMM_OVERHEAD_BYTES
 from transhume.model.migration import Engine, MigrationOptions
 from transhume.model.orders import DestinationFacts, SourceFacts
 from transhume.model.vm import Accel, Vm, VmState
-
-VMM_OVERHEAD_BYTES = 192 << 20
-"""What QEMU itself needs beside the guest's RAM on the destination: its heap, ROMs, the display's memory."""
 
 
 def source_reasons(

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from transhume.farm.admission import Admission
 from transhume.farm.endings import Claim, at_source
 from transhume.farm.members import Members
 from transhume.farm.preflight import destination_reasons
 from transhume.farm.records import FarmRecords, VmRecord, absent, encode, migration_key, vm_key
-from transhume.farm.survey import Survey, survey
+from transhume.farm.survey import Entrance, Survey, survey
 from transhume.farm.vms import Vms
 from transhume.model.errors import Conflict, NotFound, PreflightFailed, StoreError, TranshumeError
 from transhume.model.migration import Migration, MigrationOptions, Outcome, Phase
@@ -36,12 +37,14 @@ class Queue:
         vms: Vms,
         clock_s: Callable[[], float],
         new_id: Callable[[], str],
+        admission: Admission,
     ) -> None:
         self._records = records
         self._members = members
         self._vms = vms
         self._clock_s = clock_s
         self._new_id = new_id
+        self._admission = admission
 
     async def enter(
         self, vm: Vm, earlier: Migration, to: str | None, options: MigrationOptions
@@ -94,7 +97,8 @@ class Queue:
             return _after(queued, kept.record)
         view = await self._vms.show(queued.vm)
         try:
-            found = await survey(self._members, view, queued.destination or None, queued.options)
+            to, entrance = queued.destination or None, Entrance(self._admission)
+            found = await survey(self._members, view, to, queued.options, entrance)
             found.demand_clear()
         except StoreError:
             raise

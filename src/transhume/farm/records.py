@@ -6,6 +6,9 @@ tokens/<sha256>     TokenRecord       one invitation to join, under the hash of 
 vms/<name>          VmRecord          what the owner asked for, the migration under way and the one that waits
 ownership/<vm>      Ownership         the register: who may run the VM
 migrations/<id>     Migration         what was asked, how far it is, what came of it
+rules/<name>        Rule              which VMs may be where
+drains/<host>       Drain             the latest drain of the host, or the bringing back of its VMs
+settings/farm       FarmSettings      what holds for the whole farm
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from transhume.farm.drain_record import Drain
+from transhume.farm.pool import DEFAULT_CPU_OVERCOMMIT
+from transhume.farm.rules import Rule
 from transhume.model.errors import StoreError
-from transhume.model.host import HostInventory
+from transhume.model.host import HostInventory, HostState
 from transhume.model.migration import Migration
 from transhume.model.vm import Ownership, VmSpec
 from transhume.store.interface import ABSENT, Compare, Entry, Store
@@ -45,6 +51,8 @@ class HostRecord(BaseModel):
     """A member of the farm. `inventory` is None until its daemon first reported.
 
     A certificate that is not among `certificates` opens nothing any more, whoever signed it.
+    `reserve_memory_bytes` is what it keeps for itself and `cpu_overcommit` how often each of its CPUs is
+    promised; None: as the farm has it. `labels` stand for it in rules.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -56,6 +64,10 @@ class HostRecord(BaseModel):
     certificates: tuple[CertificateRecord, ...] = ()
     controller: bool = False
     inventory: HostInventory | None = None
+    state: HostState = HostState.ACTIVE
+    reserve_memory_bytes: int | None = None
+    cpu_overcommit: float | None = None
+    labels: tuple[str, ...] = ()
 
 
 class TokenRecord(BaseModel):
@@ -76,6 +88,9 @@ class VmRecord(BaseModel):
 
     `queued` is the id of the one that waits until that one has brought its last page, or empty. It stays when
     `migration` is freed, and keeps others out until it has become `migration` itself, or has ended.
+
+    With `reserve` its share of its host is promised to it while it is stopped too. `labels` stand for it in
+    rules.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -84,6 +99,16 @@ class VmRecord(BaseModel):
     migration: str = ""
     queued: str = ""
     created_at_s: float = 0.0
+    reserve: bool = False
+    labels: tuple[str, ...] = ()
+
+
+class FarmSettings(BaseModel):
+    """What holds for every host that is not set otherwise."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpu_overcommit: float = DEFAULT_CPU_OVERCOMMIT
 
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -123,6 +148,17 @@ def ownership_key(vm: str) -> str:
 
 def migration_key(migration: str) -> str:
     return f"migrations/{migration}"
+
+
+def rule_key(name: str) -> str:
+    return f"rules/{name}"
+
+
+def drain_key(host: str) -> str:
+    return f"drains/{host}"
+
+
+SETTINGS_KEY = "settings/farm"
 
 
 def absent(key: str) -> Compare:
@@ -172,6 +208,18 @@ class FarmRecords:
 
     async def migrations(self) -> list[Kept[Migration]]:
         return await self._list("migrations/", Migration)
+
+    async def rules(self) -> list[Kept[Rule]]:
+        return await self._list("rules/", Rule)
+
+    async def drain(self, host: str) -> Kept[Drain] | None:
+        return await self._get(drain_key(host), Drain)
+
+    async def drains(self) -> list[Kept[Drain]]:
+        return await self._list("drains/", Drain)
+
+    async def settings(self) -> Kept[FarmSettings] | None:
+        return await self._get(SETTINGS_KEY, FarmSettings)
 
     async def _get(self, key: str, kind: type[Record]) -> Kept[Record] | None:
         entry = await self.store.get(key)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from transhume.farm.admission import Admission
 from transhume.farm.members import HostStatus, Members
+from transhume.farm.pool import Demand
 from transhume.farm.preflight import destination_reasons, source_reasons
 from transhume.farm.shared_storage import folder_reasons
 from transhume.model.errors import HostLost, NotFound, PreflightFailed
@@ -35,11 +37,30 @@ class Survey:
         return self.destination
 
 
-async def survey(members: Members, vm: Vm, to: str | None, options: MigrationOptions) -> Survey:
-    """Ask the source and the possible destinations, all at once.
+@dataclass(frozen=True)
+class Entrance:
+    """Who lets the VM in at its destination: the pool and the rules, which hold a share for it there.
+
+    `leaving` are VMs that leave the same source: where those are now does not matter.
+    """
+
+    admission: Admission
+    leaving: frozenset[str] = frozenset()
+    hold: bool = True
+
+
+async def survey(
+    members: Members,
+    vm: Vm,
+    to: str | None,
+    options: MigrationOptions,
+    entrance: Entrance | None = None,
+) -> Survey:
+    """Ask the source and the possible destinations, all at once; then, with `entrance`, the pool and the
+    rules.
 
     Raises `NotFound` for a host that is none and `HostLost` when the source does not answer. Without `to`,
-    the host with the most available memory of those without a reason against them is chosen.
+    the best host of those without a reason against them is chosen.
     """
     source = members.host(vm.ownership.owner)
     if to is not None:
@@ -64,15 +85,9 @@ async def survey(members: Members, vm: Vm, to: str | None, options: MigrationOpt
         )
         general += unshared
         against = [(*reasons, *more) for reasons, more in zip(against, by_host, strict=True)]
+    best, against = await _chosen(vm, source, candidates, found, against, options, entrance)
     if to is not None:
         return Survey(vm, source, facts, candidates[0], (*general, *against[0]))
-    best = _most_memory(
-        [
-            (host, answer)
-            for host, answer, reasons in zip(candidates, found, against, strict=True)
-            if not reasons and answer is not None
-        ]
-    )
     if best is not None:
         return Survey(vm, source, facts, best, general)
     if not candidates:
@@ -86,10 +101,43 @@ async def survey(members: Members, vm: Vm, to: str | None, options: MigrationOpt
     return Survey(vm, source, facts, None, (*general, *named))
 
 
-def _most_memory(fit: list[tuple[HostStatus, DestinationFacts]]) -> HostStatus | None:
-    if not fit:
-        return None
-    return max(fit, key=lambda pair: (pair[1].memory_available_bytes, pair[0].name))[0]
+async def _chosen(
+    vm: Vm,
+    source: HostStatus,
+    candidates: list[HostStatus],
+    found: list[DestinationFacts | None],
+    against: list[tuple[str, ...]],
+    options: MigrationOptions,
+    entrance: Entrance | None,
+) -> tuple[HostStatus | None, list[tuple[str, ...]]]:
+    """The best of those without a reason against them, and the reasons with those of pool and rules added."""
+    available = {
+        host.name: 0 if answer is None else answer.memory_available_bytes
+        for host, answer in zip(candidates, found, strict=True)
+        if host.name != source.name
+    }
+    clear = {host.name for host, reasons in zip(candidates, against, strict=True) if not reasons}
+    if entrance is None:
+        fit = sorted(clear & available.keys(), key=lambda name: (-available[name], name))
+        chosen, added = (fit[0] if fit else ""), {}
+    else:
+        judge, demand = entrance.admission.judge, Demand.of(vm.spec)
+        leaving, lawless = entrance.leaving, options.ignore_rules
+        rest = {name: size for name, size in available.items() if name not in clear}
+        told = await judge(demand, rest, source.name, leaving, lawless, hold=False) if rest else None
+        judged = await judge(
+            demand,
+            {name: available[name] for name in sorted(clear & available.keys())},
+            source.name,
+            leaving,
+            lawless,
+            entrance.hold,
+        )
+        chosen, added = judged.chosen, {**(told.against if told else {}), **judged.against}
+    merged = [
+        (*reasons, *added.get(host.name, ())) for host, reasons in zip(candidates, against, strict=True)
+    ]
+    return next((host for host in candidates if host.name == chosen), None), merged
 
 
 async def _source_facts(members: Members, vm: Vm) -> SourceFacts:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+from transhume.farm.admission import Admission
 from transhume.farm.baseline import BASELINE, with_baseline
+from transhume.farm.lodging import Lodging
 from transhume.farm.members import Members
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
-from transhume.model.errors import Conflict, NotFound
+from transhume.farm.rehome import Rehoming, VmLocks
+from transhume.model.errors import Conflict, NotFound, TranshumeError
 from transhume.model.vm import Ownership, Vm, VmSpec, VmState
 
 FIRST_EPOCH = 1
@@ -17,24 +20,32 @@ FIRST_EPOCH = 1
 class Vms:
     """The verbs of `transhume vm`. Each is carried out by the VM's owner and by no other host."""
 
-    def __init__(self, records: FarmRecords, members: Members, clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self, records: FarmRecords, members: Members, clock_s: Callable[[], float], admission: Admission
+    ) -> None:
         self._records = records
         self._members = members
         self._clock_s = clock_s
+        self._admission = admission
+        self.lodging = Lodging(members, admission, Rehoming(records, members))
+        self.locks = VmLocks()
 
-    async def create(self, spec: VmSpec, host: str) -> Vm:
-        """Enter a VM owned by `host`. Nothing runs yet.
+    async def create(
+        self, spec: VmSpec, host: str | None, labels: tuple[str, ...] = (), reserve: bool = False
+    ) -> Vm:
+        """Enter a VM owned by `host`, or by the best one. Nothing runs yet.
 
-        Raises `Conflict` for a name that is taken, `NotFound` for a host that is none, and `Refused` when
-        the host cannot run such a VM (a missing file, no KVM), or the farm has no CPU baseline.
+        Raises `Conflict` for a name that is taken, `NotFound` for a host that is none, `Refused` when the
+        host cannot run such a VM (a missing file, no KVM) or the farm has no CPU baseline, and
+        `PreflightFailed` when there is no room for it or a rule is against it, with all reasons.
         """
         if await self._records.vm(spec.name) is not None:
             raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
-        resolved = await self._members.link(host).resolve_spec(spec)
+        host, resolved = await self.lodging.for_new(spec, host, labels, reserve)
         if resolved.cpu_model == BASELINE:
             inventories = {each.name: each.inventory for each in await self._members.hosts()}
             resolved = with_baseline(resolved, inventories)
-        record = VmRecord(spec=resolved, created_at_s=self._clock_s())
+        record = VmRecord(spec=resolved, created_at_s=self._clock_s(), labels=labels, reserve=reserve)
         ownership = Ownership(owner=host, epoch=FIRST_EPOCH)
         keys = (vm_key(spec.name), ownership_key(spec.name))
         done = await self._records.store.transact(
@@ -42,6 +53,7 @@ class Vms:
             puts=dict(zip(keys, (encode(record), encode(ownership)), strict=True)),
         )
         if done is None:
+            self._admission.let_go(spec.name, host)
             raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
         return self._view(record, ownership)
 
@@ -59,22 +71,56 @@ class Vms:
             if (key := ownership_key(kept.record.spec.name)) in owners
         ]
 
-    async def start(self, name: str) -> Vm:
-        """Start the VM on its owner. `Conflict` when it runs or moves, `VmmError` when QEMU dies."""
-        kept, ownership = await self._resting(name)
-        await self._members.link(ownership.owner).start_vm(kept.record.spec)
-        return self._changed(kept.record, ownership, VmState.RUNNING)
+    async def configure(
+        self, name: str, add: tuple[str, ...], remove: tuple[str, ...], reserve: bool | None
+    ) -> Vm:
+        """Change a VM's labels, and whether it keeps its share while it is stopped.
+
+        Raises `PreflightFailed` when its owner has no room to reserve.
+        """
+        while True:
+            kept, ownership = await self._known(name)
+            if reserve and not kept.record.reserve:
+                await self.lodging.demand_room(kept.record.spec, ownership.owner)
+            changes: dict[str, object] = {
+                "labels": tuple(sorted((set(kept.record.labels) | set(add)) - set(remove)))
+            }
+            if reserve is not None:
+                changes["reserve"] = reserve
+            record = kept.record.model_copy(update=changes)
+            puts = {kept.key: encode(record)}
+            if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
+                return self._view(record, ownership)
+
+    async def start(self, name: str, ignore_rules: bool = False) -> Vm:
+        """Start the VM on its owner; where that has no room for it, on another host, which owns it then.
+
+        Raises `Conflict` when it runs or moves, `PreflightFailed` when there is no room for it, `VmmError`
+        when QEMU dies.
+        """
+        async with self.locks.of(name):
+            kept, ownership = await self._resting(name)
+            if self._members.vm_state(ownership.owner, name) is VmState.STOPPED:
+                ownership = await self.lodging.for_start(kept.record.spec, ownership, ignore_rules)
+            try:
+                await self._members.link(ownership.owner).start_vm(kept.record.spec)
+            except TranshumeError:
+                self._admission.let_go(name, ownership.owner)
+                raise
+            return self._changed(kept.record, ownership, VmState.RUNNING)
 
     async def stop(self, name: str, timeout_s: float) -> Vm:
         """Ask the guest to power down; `TimedOut` leaves it running."""
         kept, ownership = await self._resting(name)
         await self._members.link(ownership.owner).stop_vm(name, timeout_s)
+        self._admission.let_go(name, ownership.owner)
         return self._changed(kept.record, ownership, VmState.STOPPED)
 
     async def kill(self, name: str) -> Vm:
         """End the VM at once."""
         kept, ownership = await self._resting(name)
         await self._members.link(ownership.owner).kill_vm(name)
+        self._admission.let_go(name, ownership.owner)
         return self._changed(kept.record, ownership, VmState.STOPPED)
 
     async def delete(self, name: str) -> None:
@@ -82,6 +128,7 @@ class Vms:
         kept, ownership = await self._resting(name)
         # The host first: it alone knows whether the VM runs, and asking it again does no harm.
         await self._members.link(ownership.owner).delete_vm(name)
+        self._admission.let_go(name, ownership.owner)
         done = await self._records.store.transact(
             compares=[kept.unchanged], deletes=[vm_key(name), ownership_key(name)]
         )
@@ -131,6 +178,8 @@ class Vms:
             migration=record.migration,
             queued=record.queued,
             created_at_s=record.created_at_s,
+            reserve=record.reserve,
+            labels=record.labels,
         )
 
     def _changed(self, record: VmRecord, ownership: Ownership, state: VmState) -> Vm:

@@ -5,7 +5,7 @@
     │   ├── NotFound        the named thing does not exist
     │   ├── Conflict        the thing exists, but is in a state that forbids the request
     │   ├── Unauthorized    the caller did not prove who it is
-    │   └── PreflightFailed every reason why a VM cannot move, at once
+    │   └── PreflightFailed every reason why a VM cannot move or be placed, at once
     ├── PeerProtocolError   the other end sent something that the protocol does not allow
     ├── VmmError            QEMU refused, failed or died
     │   ├── PagesLost       pages that a VM elsewhere still lacks are held by nobody any more
@@ -70,7 +70,7 @@ class Unauthorized(Refused):
 
 
 class PreflightFailed(Refused):
-    """A VM cannot move: `reasons` holds all the causes, each one sentence with its mend."""
+    """A VM cannot move, or be placed: `reasons` holds all the causes, each one sentence with its mend."""
 
     code = "preflight-failed"
     status = 409

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
+
+
+class HostState(StrEnum):
+    """Whether the farm may place VMs on a host.
+
+    `DRAINING`: its VMs are being moved off. `MAINTENANCE`: that has ended, and it stays without new VMs until
+    it is undrained.
+    """
+
+    ACTIVE = "active"
+    DRAINING = "draining"
+    MAINTENANCE = "maintenance"
 
 
 class ModelRank(NamedTuple):

@@ -101,6 +101,7 @@ class MigrationOptions(BaseModel):
     source writes them there too, and a destination that has lost it goes on from there. `residual_limit_s`
     bounds how long pages may be owed: none are left for after the resume before so few are left that they are
     expected to be there within it, and the push then goes as fast as that takes, whatever the bandwidth.
+    `ignore_rules` moves the VM to where a rule of the farm would not have it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,6 +124,7 @@ class MigrationOptions(BaseModel):
     give_up_after_s: float | None = Field(default=None, gt=0)
     safe_dir: str | None = Field(default=None, pattern=r"^/[^\x00]*$", max_length=512)
     residual_limit_s: float | None = Field(default=None, gt=0)
+    ignore_rules: bool = False
 
     @property
     def may_page(self) -> bool:

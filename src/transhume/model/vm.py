@@ -94,7 +94,8 @@ class Ownership(BaseModel):
 
 class Vm(BaseModel):
     """A VM as the farm knows it. `migration` is the id of the one under way, or empty; `queued` of the one
-    that waits for it.
+    that waits for it. With `reserve` its host keeps its share while it is stopped too; `labels` stand for it
+    in rules.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -105,3 +106,5 @@ class Vm(BaseModel):
     migration: str = ""
     queued: str = ""
     created_at_s: float = 0.0
+    reserve: bool = False
+    labels: tuple[str, ...] = ()

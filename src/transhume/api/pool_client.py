@@ -1,0 +1,102 @@
+"""The farm as a pool, seen from a program: `FarmClient.pool`."""
+
+from __future__ import annotations
+
+from pydantic import TypeAdapter
+
+from transhume.api.http_calls import HttpCalls, part
+from transhume.farm.drain_record import Drain, DrainOptions
+from transhume.farm.overview import FarmView
+from transhume.farm.rulebook import RuleView
+from transhume.farm.rules import Rule
+from transhume.model.vm import Vm
+
+_RULES: TypeAdapter[list[RuleView]] = TypeAdapter(list[RuleView])
+_MAYBE_DRAIN: TypeAdapter[Drain | None] = TypeAdapter(Drain | None)
+
+PLAN_TIMEOUT_S = 120.0
+"""A plan asks every VM's host, and the hosts that it may go to."""
+
+
+class PoolClient:
+    """The verbs of the pool. Raises the errors of `transhume.model.errors`."""
+
+    def __init__(self, calls: HttpCalls) -> None:
+        self._calls = calls
+
+    async def view(self) -> FarmView:
+        """What the farm has, what is promised, and whether it could lose a host."""
+        return await self._calls.ask("GET", "/v1/farm", FarmView)
+
+    async def set_farm(self, cpu_overcommit: float) -> None:
+        await self._calls.send("POST", "/v1/farm/settings", {"cpu_overcommit": cpu_overcommit})
+
+    async def set_host(
+        self,
+        name: str,
+        reserve_memory_bytes: int | None = None,
+        cpu_overcommit: float | None = None,
+        add_labels: tuple[str, ...] = (),
+        remove_labels: tuple[str, ...] = (),
+    ) -> None:
+        """What is None stays as it is."""
+        body = {
+            "reserve_memory_bytes": reserve_memory_bytes,
+            "cpu_overcommit": cpu_overcommit,
+            "add_labels": add_labels,
+            "remove_labels": remove_labels,
+        }
+        await self._calls.send("POST", f"/v1/hosts/{part(name)}/settings", body)
+
+    async def set_vm(
+        self,
+        name: str,
+        add_labels: tuple[str, ...] = (),
+        remove_labels: tuple[str, ...] = (),
+        reserve: bool | None = None,
+    ) -> Vm:
+        body = {"add_labels": add_labels, "remove_labels": remove_labels, "reserve": reserve}
+        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/settings", Vm, body)
+
+    async def rules(self) -> list[RuleView]:
+        return await self._calls.ask("GET", "/v1/rules", _RULES)
+
+    async def add_rule(self, rule: Rule) -> RuleView:
+        """Raises `PreflightFailed` when nothing could ever satisfy it, with the reasons."""
+        return await self._calls.ask("POST", "/v1/rules", RuleView, rule)
+
+    async def remove_rule(self, name: str) -> None:
+        await self._calls.send("DELETE", f"/v1/rules/{part(name)}")
+
+    async def plan_drain(self, host: str, options: DrainOptions) -> Drain:
+        """How a drain would go; changes nothing."""
+        return await self._drain("POST", host, "/plan", options)
+
+    async def begin_drain(self, host: str, options: DrainOptions) -> Drain:
+        return await self._drain("POST", host, "", options)
+
+    async def drain(self, host: str) -> Drain:
+        """The latest one of a host, or the bringing back of its VMs."""
+        return await self._calls.ask("GET", f"/v1/hosts/{part(host)}/drain", Drain)
+
+    async def pause_drain(self, host: str) -> Drain:
+        return await self._calls.ask("POST", f"/v1/hosts/{part(host)}/drain/pause", Drain)
+
+    async def resume_drain(self, host: str) -> Drain:
+        return await self._calls.ask("POST", f"/v1/hosts/{part(host)}/drain/resume", Drain)
+
+    async def cancel_drain(self, host: str, now: bool = False) -> Drain:
+        """What has moved stays; with `now` the migrations under way are cancelled too."""
+        path = f"/v1/hosts/{part(host)}/drain"
+        return await self._calls.ask("DELETE", path, Drain, params={"now": now}, timeout_s=PLAN_TIMEOUT_S)
+
+    async def undrain(self, host: str, restore: bool, options: DrainOptions) -> Drain | None:
+        """Let VMs be placed on the host again; with `restore` their way back, else None."""
+        body = {"restore": restore, "options": options.model_dump(mode="json")}
+        path = f"/v1/hosts/{part(host)}/undrain"
+        return await self._calls.ask("POST", path, _MAYBE_DRAIN, body, timeout_s=PLAN_TIMEOUT_S)
+
+    async def _drain(self, method: str, host: str, verb: str, options: DrainOptions) -> Drain:
+        body = {"options": options.model_dump(mode="json")}
+        path = f"/v1/hosts/{part(host)}/drain{verb}"
+        return await self._calls.ask(method, path, Drain, body, timeout_s=PLAN_TIMEOUT_S)

@@ -1,0 +1,154 @@
+"""The farm as one machine: what it has, what of it is promised, and whether it could lose a host."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pydantic import BaseModel, ConfigDict
+
+from transhume.farm.admission import Admission, Situation
+from transhume.farm.headroom import losses, worst
+from transhume.farm.members import Members
+from transhume.farm.records import SETTINGS_KEY, FarmRecords, FarmSettings, absent, encode
+from transhume.model.errors import Conflict
+from transhume.model.host import HostState
+from transhume.model.vm import VmState
+
+
+class HostShare(BaseModel):
+    """One host's part of the pool. `reserved_bytes` is its own, `promised_bytes` the VMs'.
+
+    `short_bytes` is the memory of the VMs that no other host could take if this one were lost, and `stranded`
+    are those, each with why.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    state: HostState
+    silent: bool
+    cpus: int
+    cpu_overcommit: float
+    promised_cpus: int
+    memory_bytes: int
+    reserved_bytes: int
+    promised_bytes: int
+    left_bytes: int
+    vms: int
+    running: int
+    labels: tuple[str, ...]
+    short_bytes: int
+    stranded: dict[str, tuple[str, ...]]
+
+
+class FarmView(BaseModel):
+    """The pool. `can_lose_one`: whichever host is lost, the others have room for its VMs.
+
+    `short_bytes` and `worst_host` tell of the worst loss; `broken_rules` are sentences.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    hosts: tuple[HostShare, ...]
+    cpus: int
+    promised_cpus: int
+    memory_bytes: int
+    reserved_bytes: int
+    promised_bytes: int
+    left_bytes: int
+    vms: int
+    running: int
+    can_lose_one: bool
+    short_bytes: int
+    worst_host: str
+    broken_rules: tuple[str, ...]
+    cpu_overcommit: float
+
+
+class Overview:
+    """`transhume farm`, and what is set for a host or for the whole farm."""
+
+    def __init__(self, records: FarmRecords, members: Members, admission: Admission) -> None:
+        self._records = records
+        self._members = members
+        self._admission = admission
+
+    async def view(self) -> FarmView:
+        """The pool as it is now. Raises `StoreError`."""
+        found = await self._admission.situation()
+        settings = await self._records.settings()
+        # In a thread: in a large farm it takes a second, and commits do not wait for it.
+        lost = await asyncio.to_thread(losses, found.pool, found.rules)
+        bad = worst(lost)
+        hosts = tuple(
+            _share(name, found, lost[name].short_bytes, lost[name].stranded) for name in found.pool.hosts
+        )
+        return FarmView(
+            hosts=hosts,
+            cpus=sum(host.cpus for host in hosts),
+            promised_cpus=sum(host.promised_cpus for host in hosts),
+            memory_bytes=sum(host.memory_bytes for host in hosts),
+            reserved_bytes=sum(host.reserved_bytes for host in hosts),
+            promised_bytes=sum(host.promised_bytes for host in hosts),
+            left_bytes=sum(max(0, host.left_bytes) for host in hosts),
+            vms=sum(host.vms for host in hosts),
+            running=sum(host.running for host in hosts),
+            can_lose_one=bad is None,
+            short_bytes=bad.short_bytes if bad else 0,
+            worst_host=bad.host if bad else "",
+            broken_rules=tuple(found.rules.broken_now(found.pool)),
+            cpu_overcommit=(settings.record if settings else FarmSettings()).cpu_overcommit,
+        )
+
+    async def configure_farm(self, cpu_overcommit: float) -> None:
+        """Change what holds for hosts that are not set otherwise."""
+        kept = await self._records.settings()
+        settings = (kept.record if kept else FarmSettings()).model_copy(
+            update={"cpu_overcommit": cpu_overcommit}
+        )
+        condition = kept.unchanged if kept else absent(SETTINGS_KEY)
+        puts = {SETTINGS_KEY: encode(settings)}
+        if await self._records.store.transact(compares=[condition], puts=puts) is None:
+            raise Conflict("somebody else changed the farm's settings at this moment; try again")
+
+    async def configure_host(
+        self,
+        name: str,
+        reserve_memory_bytes: int | None,
+        cpu_overcommit: float | None,
+        add: tuple[str, ...],
+        remove: tuple[str, ...],
+    ) -> None:
+        """Change what a host keeps for itself, how often its CPUs are promised, and its labels.
+
+        What is None stays as it is. What is promised already stays promised, however little is left.
+        """
+        record = self._members.record(name)
+        changes: dict[str, object] = {"labels": tuple(sorted((set(record.labels) | set(add)) - set(remove)))}
+        if reserve_memory_bytes is not None:
+            changes["reserve_memory_bytes"] = reserve_memory_bytes
+        if cpu_overcommit is not None:
+            changes["cpu_overcommit"] = cpu_overcommit
+        await self._members.configure(name, changes)
+
+
+def _share(name: str, found: Situation, short_bytes: int, stranded: dict[str, tuple[str, ...]]) -> HostShare:
+    pool, room = found.pool, found.pool.hosts[name]
+    own = [vm for vm, ownership in found.owners.items() if ownership.owner == name]
+    return HostShare(
+        name=name,
+        state=room.state,
+        silent=room.silent,
+        cpus=room.cpus,
+        cpu_overcommit=room.cpu_overcommit,
+        promised_cpus=pool.promised_cpus(name),
+        memory_bytes=room.memory_bytes,
+        reserved_bytes=room.reserved_bytes,
+        promised_bytes=pool.promised_bytes(name),
+        left_bytes=pool.left_bytes(name),
+        vms=len(own),
+        running=sum(found.states[vm] not in (VmState.STOPPED, VmState.UNKNOWN) for vm in own),
+        labels=tuple(sorted(found.host_labels.get(name, ()))),
+        short_bytes=short_bytes,
+        stranded=stranded,
+    )
