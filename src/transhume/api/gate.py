@@ -35,8 +35,8 @@ CALLER = "transhume.caller"
 
 _OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock", "/v1/authority"})
 """The first two are proven by a token instead; the clock tells nothing that is not on every wire, and the
-authority's certificate proves nobody. A member passes what comes in by these paths on in its own name, whatever
-the method: none of them may mean more than that for another method.
+authority's certificate proves nobody. A member passes what comes in by these paths on in its own name,
+whatever the method: none of them may mean more than that for another method.
 """
 
 

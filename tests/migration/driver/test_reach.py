@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from tests.migration.driver.test_handshake import AT_SOURCE, IDENTITY, but, close, destination
+from tests.migration.driver.test_handshake import AT_DESTINATION, AT_SOURCE, IDENTITY, but, close, destination
 
 from transhume.migration.driver.handshake import Identity, accept
 from transhume.migration.driver.reach import reach
