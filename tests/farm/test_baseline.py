@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.farm.scripted_farm import farm
 
@@ -121,6 +121,7 @@ def inventories(draw: st.DrawFn) -> HostInventory:
     return draw(st.sampled_from([host(tcg=some_cpus()), INVENTORY]))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["h1", "h2", "h3", "h4"]), inventories()))
 def test_it_never_names_what_a_host_lacks(farm_of: dict[str, HostInventory]) -> None:
     for base in farm_baseline(farm_of).baselines:
@@ -131,6 +132,7 @@ def test_it_never_names_what_a_host_lacks(farm_of: dict[str, HostInventory]) -> 
             assert base.model == "" or base.model in told.models
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["h1", "h2", "h3"]), inventories()), inventories())
 def test_another_host_never_raises_it(farm_of: dict[str, HostInventory], more: HostInventory) -> None:
     after = farm_baseline({**farm_of, "h4": more})
@@ -148,6 +150,7 @@ def test_another_host_never_raises_it(farm_of: dict[str, HostInventory], more: H
             assert set(now.held_down_by.get("h4", ())) >= lost
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(["h1", "h2", "h3"]), inventories()))
 def test_a_vm_with_the_baseline_can_be_shown_it_everywhere(farm_of: dict[str, HostInventory]) -> None:
     spec = VmSpec(name="web", memory_bytes=1 << 30, cpus=1, accel=Accel.TCG, cpu_model="baseline")
