@@ -14,7 +14,6 @@ from transhume.cli.tables import show
 from transhume.farm.rules import Rule, RuleKind
 from transhume.model.errors import Refused
 
-host_app = typer.Typer(name="host", help="Set what a host gives to the farm.", no_args_is_help=True)
 rule_app = typer.Typer(name="rule", help="Say which VMs may be where.", no_args_is_help=True)
 
 LabelOption = Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")]
@@ -40,7 +39,6 @@ def farm(
         show(farm_report(view))
 
 
-@host_app.command("set")
 def set_host(
     context: typer.Context,
     host: Annotated[str, typer.Argument(metavar="HOST", help="A member of the farm.")],
