@@ -1,13 +1,14 @@
-"""A relay between two movers that damages one frame when it is told to.
+"""A relay between two movers that damages one record of TLS when it is told to.
 
     python -m tests.e2e.damaging_proxy ADDRESS FIRST_PORT LAST_PORT
 
 It runs on the source's host and takes every connection to those ports of ADDRESS, which is another host's:
 `Damage` leads them here by a routing rule, and the relay's own connections past it, by their mark. A line on
-its standard input says which frame to damage next; a line on its standard output says that it did.
+its standard input says which record to damage next; a line on its standard output says that it did. What is in
+a record nobody can see here, but how large it is:
 
-- `pages`: one bit of the header of the next PAGES frame;
-- `words`: one bit of the body of the next frame that carries words, in either direction.
+- `pages`: one bit of the next record that is as large as a page or larger, which carries pages;
+- `words`: one bit of the next smaller one, in either direction.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from pathlib import Path
 
 from transhume.demo import namespaces
 from transhume.demo.lab import LabHost
-from transhume.migration.wire import HEADER_BYTES, TABLE_FRAMES, FrameType
 from transhume.model.errors import KernelError
+from transhume.model.vm import PAGE_BYTES
 
 FIRST_PORT, LAST_PORT = 41000, 41127
 PAST_THE_RELAY_MARK = 7
 TABLE = "141"
 PORT_RANGE = "ip_local_port_range"
 ACCEPT_LOCAL = f"conf/{namespaces.INTERFACE}/accept_local"
-CHUNK_BYTES = 64 << 10
-DATA_FRAMES = TABLE_FRAMES | {FrameType.PAGES, FrameType.STATE, FrameType.DIGEST}
+APPLICATION_DATA = 23
 
-_HEADER = struct.Struct("<4sHBBHHIQI")
+_HEADER = struct.Struct("!BHH")
+"""Of a record: its type, an old version number, the length of what follows."""
 
 
 class Damage:
@@ -46,7 +47,7 @@ class Damage:
         self._process = process
 
     async def strike(self, kind: str) -> str:
-        """Damage the next frame of the kind, `pages` or `words`. Returns its type when it has passed."""
+        """Damage the next record of the kind, `pages` or `words`. Returns its size in words when it has passed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{kind}\n".encode())
@@ -118,37 +119,26 @@ class Orders:
         for line in sys.stdin:
             self._wanted = line.strip()
 
-    def take(self, kind: FrameType) -> bool:
-        """Whether this very frame is to be damaged; the order is then carried out."""
-        if self._wanted is None:
+    def take(self, kind: int, length_bytes: int) -> bool:
+        """Whether this very record is to be damaged; the order is then carried out."""
+        if self._wanted is None or kind != APPLICATION_DATA:
             return False
-        wanted = kind is FrameType.PAGES if self._wanted == "pages" else kind not in DATA_FRAMES
+        wanted = self._wanted == ("pages" if length_bytes >= PAGE_BYTES else "words")
         if wanted:
             self._wanted = None
-            sys.stdout.write(json.dumps({"damaged": kind.name}) + "\n")
+            sys.stdout.write(json.dumps({"damaged": f"{length_bytes} bytes"}) + "\n")
             sys.stdout.flush()
         return wanted
 
 
-async def _pass_frames(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, orders: Orders) -> None:
+async def _pass_records(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, orders: Orders) -> None:
     while True:
-        header = bytearray(await reader.readexactly(HEADER_BYTES))
-        _, _, number, _, _, _, _, left_bytes, _ = _HEADER.unpack(header)
-        kind = FrameType(number)
-        damaged = orders.take(kind)
-        if damaged and kind is FrameType.PAGES:
-            header[12] ^= 1  # the number of runs
-        writer.write(header)
-        while left_bytes:
-            chunk = bytearray(await reader.read(min(left_bytes, CHUNK_BYTES)))
-            if not chunk:
-                return
-            left_bytes -= len(chunk)
-            if damaged and kind is not FrameType.PAGES:
-                chunk[0] ^= 1  # the brace that opens the body
-                damaged = False
-            writer.write(chunk)
-            await writer.drain()
+        header = await reader.readexactly(_HEADER.size)
+        kind, _, length_bytes = _HEADER.unpack(header)
+        body = bytearray(await reader.readexactly(length_bytes))
+        if orders.take(kind, length_bytes):
+            body[0] ^= 1
+        writer.write(header + body)
         await writer.drain()
 
 
@@ -167,8 +157,8 @@ async def _relay(address: str, orders: Orders, near: socket.socket) -> None:
         to_source.close()
         return
     directions = [
-        asyncio.create_task(_pass_frames(source, to_destination, orders)),
-        asyncio.create_task(_pass_frames(destination, to_source, orders)),
+        asyncio.create_task(_pass_records(source, to_destination, orders)),
+        asyncio.create_task(_pass_records(destination, to_source, orders)),
     ]
     await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
     for task in directions:

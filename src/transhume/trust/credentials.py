@@ -97,6 +97,10 @@ def refusal(error: ssl.SSLError, peer: str) -> TranshumeError:
         return Unauthorized(f"{peer} {words}")
     if error.reason in _NOT_TLS:
         return PeerProtocolError(f"{peer} does not speak TLS 1.3 ({error.reason}); is it of another release?")
+    if error.reason in _DAMAGED:
+        return HostLost(
+            f"what {peer} and this host sent was damaged on its way, or forged; TLS has noticed it"
+        )
     return HostLost(f"{peer} does not answer ({error.reason or error})")
 
 
@@ -133,6 +137,8 @@ _REFUSALS = {
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "does not take this host's certificate",
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": "demands a certificate, and this host showed none",
 }
+
+_DAMAGED = frozenset({"DECRYPTION_FAILED_OR_BAD_RECORD_MAC", "SSLV3_ALERT_BAD_RECORD_MAC"})
 
 _NOT_TLS = frozenset(
     {

@@ -318,9 +318,14 @@ class FrameChannel:
             return  # nobody is there to hear it
 
     def _refused(self, error: ssl.SSLError) -> TranshumeError:
-        """An error of TLS in words: as final as any other, and the first reason counts here too."""
+        """An error of TLS in words: as final as any other, and the first reason counts here too.
+
+        A certificate can be refused until the peer has said something; later it is a connection that broke.
+        """
         known = self._failure
         found = refusal(error, self.peer)
+        if self.received_bytes:
+            found = HostLost(found.message)
         self._fail(found.message)
         return found if known is None else HostLost(known)
 
