@@ -63,6 +63,8 @@ from transhume.vmm.process import QemuProcess, find_running
 
 KEY_BYTES = 32
 TAKE_OVER_RETRY_S = 1.0
+DESTROY_RETRY_S = 1.0
+DESTROY_ATTEMPTS = 30
 
 
 class DestinationDriver(Driver[DestinationState]):
@@ -657,12 +659,26 @@ class DestinationDriver(Driver[DestinationState]):
         await asyncio.to_thread(self._send_if_open, message)
 
     async def _destroy_vm(self, _: ev.DestroyVm) -> Event:
+        """Leave nothing behind, also on a host that has no memory even for this, for a while."""
         await end(self._watcher)
+        for attempts_left in reversed(range(DESTROY_ATTEMPTS)):
+            try:
+                await self._remove_vm()
+                break
+            except OSError as error:
+                if not attempts_left:
+                    raise
+                self._log(f"the VM cannot be removed yet: {error}")
+                await asyncio.sleep(DESTROY_RETRY_S)
+        return ev.VmDestroyed()
+
+    async def _remove_vm(self) -> None:
+        """End QEMU and remove the VM's folder, what is left of both. Raises `OSError`."""
         process = self._process or find_running(self._paths)
         if process is not None:
             await process.kill()
-        shutil.rmtree(self._paths.directory, ignore_errors=True)
-        return ev.VmDestroyed()
+        if self._paths.directory.exists():
+            shutil.rmtree(self._paths.directory)
 
     def _send_if_open(self, message: wire.Message) -> None:
         """For words whose loss changes nothing: the register tells the rest."""
