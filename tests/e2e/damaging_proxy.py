@@ -4,8 +4,8 @@
 
 It runs on the source's host and takes every connection to those ports of ADDRESS, which is another host's:
 `Damage` leads them here by a routing rule, and the relay's own connections past it, by their mark. A line on
-its standard input says which record to damage next; a line on its standard output says that it did. What is in
-a record nobody can see here, but how large it is:
+its standard input says which record to damage next; a line on its standard output says that it did. What is
+in a record nobody can see here, but how large it is:
 
 - `pages`: one bit of the next record that is as large as a page or larger, which carries pages;
 - `words`: one bit of the next smaller one, in either direction.
@@ -47,7 +47,7 @@ class Damage:
         self._process = process
 
     async def strike(self, kind: str) -> str:
-        """Damage the next record of the kind, `pages` or `words`. Returns its size in words when it has passed."""
+        """Damage the next record of the kind, `pages` or `words`. Its size in words, when it has passed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{kind}\n".encode())
