@@ -52,7 +52,6 @@ CELLS = [
 ]
 SAMPLE = [
     (Mode.POST_COPY, Moment.PAGING, "destination's QEMU killed"),
-    (Mode.POST_COPY, Moment.PAGING, "half-open link: nothing comes back"),
     (Mode.HYBRID, Moment.PAGING, "frame of pages damaged"),
     (Mode.PRE_COPY, Moment.SUSPENDED, "controller killed"),
     (Mode.POST_COPY, Moment.COMMIT_ASKED, "destination's mover killed"),
