@@ -53,7 +53,6 @@ CELLS = [
 SAMPLE = [
     (Mode.POST_COPY, Moment.PAGING, "destination's QEMU killed"),
     (Mode.HYBRID, Moment.PAGING, "frame of pages damaged"),
-    (Mode.PRE_COPY, Moment.SUSPENDED, "controller killed"),
     (Mode.POST_COPY, Moment.COMMIT_ASKED, "destination's mover killed"),
 ]
 CHOSEN = CELLS if os.environ.get("FAULTS") == "all" else SAMPLE
