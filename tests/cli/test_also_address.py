@@ -11,6 +11,8 @@ import pytest
 from tests.api.daemons import ADDRESS, free_port
 from tests.cli.command import transhume
 
+from transhume.trust.token import Token
+
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a daemon needs root"),
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="a daemon needs QEMU"),
@@ -36,7 +38,10 @@ async def test_further_addresses_are_kept_and_shown(short_dir: Path) -> None:
         await transhume(alpha, "down")
 
 
-@pytest.mark.parametrize("command", [("up",), ("join", "192.0.2.1", "--token", "x")])
+TOKEN = str(Token.make(bytes(32)))
+
+
+@pytest.mark.parametrize("command", [("up",), ("join", "192.0.2.1", "--token", TOKEN)], ids=["up", "join"])
 @pytest.mark.parametrize(
     ("address", "words"),
     [
