@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tests.e2e.farm import Farm, until
 
+from transhume.farm.pool import VMM_OVERHEAD_BYTES
 from transhume.model.errors import NotFound, PreflightFailed
 from transhume.model.migration import DryRun, Engine, MigrationOptions, Outcome, Phase
 from transhume.model.vm import Disk, VmState
@@ -70,8 +71,9 @@ async def stop_daemon(farm: Farm, host: str) -> None:
 
 
 def more_than_there_is() -> int:
-    """A size of RAM that no host of this machine has free. A guest may have it, for it uses little of it."""
-    return ((memory().available_bytes >> 20) + 1024) << 20
+    """Nearly all that the pool promises of a host: more than the other has left beside its own work."""
+    promised_bytes = memory().total_bytes - (512 << 20) - VMM_OVERHEAD_BYTES
+    return (promised_bytes - (8 << 20)) >> 20 << 20
 
 
 def direct(farm: Farm) -> tuple[Disk, ...]:
