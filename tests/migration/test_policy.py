@@ -19,6 +19,7 @@ from transhume.migration.policy import (
     at_local_minimum,
     decide,
     link_rate_bytes_s,
+    pace_bytes_s,
     passes_without_progress,
 )
 from transhume.model.migration import MigrationOptions, Mode, OnDeadline, Rest
@@ -411,6 +412,15 @@ def test_what_never_comes_under_the_residual_limit_goes_while_suspended() -> Non
 def test_a_residual_limit_that_cannot_be_kept_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="residual limit"):
         MigrationOptions(residual_limit_s=1.0, **options)
+
+
+def test_the_push_may_exceed_the_bandwidth_as_far_as_the_residual_limit_needs_it() -> None:
+    slow = MigrationOptions(bandwidth_bytes_s=1 << 20, residual_limit_s=2.0)
+    assert pace_bytes_s(slow, 0) == 1 << 20
+    assert pace_bytes_s(slow, 256) == 1 << 20
+    assert pace_bytes_s(slow, 4096) == 8 << 20
+    assert pace_bytes_s(MigrationOptions(bandwidth_bytes_s=1 << 20), 4096) == 1 << 20
+    assert pace_bytes_s(MigrationOptions(residual_limit_s=2.0), 4096) is None
 
 
 def test_a_safe_copy_of_nothing_is_refused() -> None:

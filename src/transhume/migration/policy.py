@@ -69,6 +69,17 @@ def rest_of(options: MigrationOptions) -> Rest:
     return Rest.BOTH if options.mode in (Mode.POST_COPY, Mode.HYBRID) else Rest.BEFORE_STATE
 
 
+def pace_bytes_s(options: MigrationOptions, owed_pages: int) -> int | None:
+    """How fast memory may travel: the bandwidth that was allowed, or more where the residual limit needs it.
+
+    None: as fast as possible. `owed_pages` is 0 before the switchover.
+    """
+    allowed, limit_s = options.bandwidth_bytes_s, options.residual_limit_s
+    if allowed is None or limit_s is None:
+        return allowed
+    return max(allowed, round(owed_pages * PAGE_BYTES / limit_s))
+
+
 def begins_suspended(options: MigrationOptions) -> bool:
     """Whether no pass is made before the switchover."""
     return options.mode is Mode.POST_COPY

@@ -211,8 +211,8 @@ class SourceMachine(Machine[SourceState]):
             **_LATE,
             ev.SwapWon: Rule("_abort_won", (S.RESUMING, S.ABORTED)),
             ev.SwapLost: Rule("_abort_lost", (S.RESUMING, S.RECONNECTING, S.RETIRING, S.ABORTED)),
-            ev.SwapUnknown: Rule("_abort_unknown", ()),
-            ev.SwapRefused: Rule("_abort_unknown", ()),
+            ev.SwapUnknown: Rule("_swap_unknown", ()),
+            ev.SwapRefused: Rule("_swap_unknown", ()),
             ev.PeerFailed: Rule("_peer_gave_up_while_resolving", (S.RESUMING, S.ABORTED)),
             ev.PeerCommitted: Rule("_committed", (S.COMMITTED,)),
             ev.PeerRunning: Rule("_running", (S.PAGING, S.RETIRING)),
@@ -282,8 +282,8 @@ class SourceMachine(Machine[SourceState]):
         S.REVIVING: {
             ev.SwapWon: Rule("_revive_won", (S.RESUMING, S.ABORTED)),
             ev.SwapLost: Rule("_revive_lost", (S.RESUMING, S.RECONNECTING, S.ABORTED)),
-            ev.SwapUnknown: Rule("_revive_unknown", ()),
-            ev.SwapRefused: Rule("_revive_unknown", ()),
+            ev.SwapUnknown: Rule("_swap_unknown", ()),
+            ev.SwapRefused: Rule("_swap_unknown", ()),
             ev.Tick: Rule("_tick_reviving", ()),
             ev.QemuDied: Rule("_qemu_died_undecided", ()),
             ev.OptionsChanged: Rule("_options_changed", ()),
@@ -767,16 +767,8 @@ class SourceMachine(Machine[SourceState]):
         self.state = S.RECONNECTING
         return (ev.Publish(),)
 
-    def _revive_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
-        self._swap_under_way = False
-        self._asked_register_s = now_s
-        return ()
-
     def _tick_reviving(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
-        if self._swap_under_way or now_s - self._asked_register_s < SWAP_RETRY_S:
-            return ()
-        self._swap_under_way = True
-        return (ev.SwapBack(),)
+        return self._swap_again(ev.SwapBack(), now_s)
 
     # --- pages that are lost ---------------------------------------------------------------------
 
@@ -901,7 +893,7 @@ class SourceMachine(Machine[SourceState]):
         self._clear_failure()
         return self._retire(event, now_s)
 
-    def _abort_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
+    def _swap_unknown(self, _: Event, now_s: float) -> Sequence[Command]:
         self._swap_under_way = False
         self._asked_register_s = now_s
         return ()
@@ -915,11 +907,14 @@ class SourceMachine(Machine[SourceState]):
         return self._abort_won(ev.SwapWon(), now_s)
 
     def _tick_resolving(self, _: ev.Tick, now_s: float) -> Sequence[Command]:
+        return self._swap_again(ev.SwapToSource(), now_s)
+
+    def _swap_again(self, swap: Command, now_s: float) -> Sequence[Command]:
         if self._swap_under_way or now_s - self._asked_register_s < SWAP_RETRY_S:
             return ()
         self._swap_under_way = True
         self._asked_register_s = now_s
-        return (ev.SwapToSource(),)
+        return (swap,)
 
     def _qemu_died_undecided(self, _: ev.QemuDied, now_s: float) -> Sequence[Command]:
         """The destination may have all it needs: only if it does not commit is the VM lost."""

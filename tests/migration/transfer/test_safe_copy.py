@@ -52,11 +52,9 @@ def _read_all(path: Path) -> tuple[dict[tuple[int, int], bytes], bool]:
     pages: dict[tuple[int, int], bytes] = {}
     try:
         for record in reader.records():
-            buffer = bytearray(record.payload_bytes)
-            reader.content(record, buffer)
             for place, page in enumerate(page_runs.pages_of(record.runs).tolist()):
                 start = place * PAGE_BYTES
-                whole = bytes(buffer[start : start + PAGE_BYTES])
+                whole = bytes(reader.content[start : start + PAGE_BYTES])
                 pages[record.block_index, page] = whole if record.kind is Kind.PAGES else bytes(PAGE_BYTES)
         return pages, reader.complete
     finally:

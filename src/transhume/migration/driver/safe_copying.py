@@ -10,7 +10,7 @@ from pathlib import Path
 from transhume.memory import runs as page_runs
 from transhume.memory.ram import GuestRam
 from transhume.memory.runs import Runs
-from transhume.migration.transfer.safe_copy import SafeCopyReader, SafeCopyWriter, discard
+from transhume.migration.transfer.safe_copy import SafeCopyWriter, discard, is_complete
 from transhume.model.errors import TranshumeError, VmmError
 from transhume.model.migration import PagingReport
 from transhume.vmm.niceness import put_this_thread_back
@@ -54,17 +54,9 @@ class SafeCopying:
         if self._path is None:
             return False
         try:
-            reader = SafeCopyReader(self._path, self._migration, block_pages)
+            return is_complete(self._path, self._migration, block_pages)
         except VmmError:
             return False
-        try:
-            for _ in reader.records():
-                pass
-            return reader.complete
-        except VmmError:
-            return False
-        finally:
-            reader.close()
 
     def report(self, paging: PagingReport) -> PagingReport:
         """`paging` with what is known of the copy."""

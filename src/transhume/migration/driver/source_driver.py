@@ -33,6 +33,7 @@ from transhume.migration.driver.reach import reach
 from transhume.migration.driver.safe_copying import SafeCopying
 from transhume.migration.machine import Command, Event
 from transhume.migration.path_choice import PathChoice
+from transhume.migration.policy import pace_bytes_s
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
 from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
@@ -263,12 +264,15 @@ class SourceDriver(Driver[SourceState]):
             changes["bandwidth_bytes_s"] = changes["bandwidth_bytes_s"] or None
         if changes:
             self._options = MigrationOptions.model_validate(self._options.model_dump() | changes)
-            self._pace.rate_bytes_s = self._options.bandwidth_bytes_s
+            self._set_pace()
             self._progress.options = self._options
             self.post(ev.OptionsChanged(self._options))
         if adjustment.switch_to_post_copy:
             self.post(ev.SwitchRequested())
         return AdjustReply(accepted=True)
+
+    def _set_pace(self) -> None:
+        self._pace.rate_bytes_s = pace_bytes_s(self._options, self._owed.left_pages or 0)
 
     async def revive(self) -> ReviveReply:
         """Take the VM back from a destination that is lost; or say why not, and change nothing."""
@@ -277,18 +281,28 @@ class SourceDriver(Driver[SourceState]):
             return self._not_revived(
                 f"host {destination} is not lost to it: the source is in state {machine.state.value}"
             )
-        for disk in self.job.spec.disks:
-            if not disk.read_only and await asyncio.to_thread(has_writer, disk.path):
-                return self._not_revived(
-                    f"disk {disk.path} is open for writing: the VM still runs somewhere, so host "
-                    f"{destination} is not dead; switch it off first"
-                )
+        written = await asyncio.to_thread(self._why_disks_forbid)
+        if written:
+            return self._not_revived(written)
         self.post(ev.ReviveRequested())
         while (why := self._why_no_revival()) == "" and not machine.finished:
             await asyncio.sleep(REVIVE_POLL_S)
         if why:
             return self._not_revived(why)
         return ReviveReply(revived=True, runs_at=machine.runs_at)
+
+    def _why_disks_forbid(self) -> str:
+        """Why the VM may still run somewhere, as its disks tell; empty when they do not."""
+        for disk in self.job.spec.disks:
+            try:
+                if not disk.read_only and has_writer(disk.path):
+                    return (
+                        f"disk {disk.path} is open for writing: the VM still runs somewhere, so host "
+                        f"{self.migration.destination} is not dead; switch it off first"
+                    )
+            except OSError as error:
+                return f"whether disk {disk.path} is still written cannot be told: {error.strerror}"
+        return ""
 
     def _why_no_revival(self) -> str:
         """Why the revival that was asked for does not come; empty while it may, or has."""
@@ -765,16 +779,9 @@ class SourceDriver(Driver[SourceState]):
             await asyncio.sleep(max(0.0, self._source.deadline_s - time.monotonic()))
         assert self._channel is not None
         assert self._ram is not None
-        self._pace.rate_bytes_s = self._push_rate_bytes_s()
+        self._set_pace()
         sender = PageSender(self._channel, self._ram, self._stop, self._on_progress)
         await self._in_data_thread(self._owed.push, self._channel, sender, self._pace, self._stop)
-
-    def _push_rate_bytes_s(self) -> int | None:
-        """The bandwidth that was allowed, or more where the residual limit needs more."""
-        rate_bytes_s, limit_s = self._options.bandwidth_bytes_s, self._options.residual_limit_s
-        if rate_bytes_s is None or limit_s is None:
-            return rate_bytes_s
-        return max(rate_bytes_s, round((self._owed.left_pages or 0) * PAGE_BYTES / limit_s))
 
     async def _reconnect(self, _: ev.Reconnect) -> Event:
         """Make both connections anew and learn what is missing there: only the destination knows."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from transhume.migration.transfer.pager import Pager
-from transhume.migration.transfer.safe_copy import RECORD_PAGES, Kind, SafeCopyReader
-from transhume.model.vm import PAGE_BYTES
+from transhume.migration.transfer.safe_copy import Kind, SafeCopyReader
 
 
 def restore(pager: Pager, path: Path, migration: str) -> None:
@@ -15,14 +14,11 @@ def restore(pager: Pager, path: Path, migration: str) -> None:
     Raises `VmmError` when there is no copy or it cannot be read; what was placed until then stays.
     """
     reader = SafeCopyReader(path, migration, pager.missing.block_pages)
-    buffer = bytearray(RECORD_PAGES * PAGE_BYTES)
     try:
         for record in reader.records():
             if pager.missing.left_pages == 0:
                 return
-            if record.kind is Kind.PAGES:
-                reader.content(record, buffer)
-            content = buffer if record.kind is Kind.PAGES else None
+            content = reader.content if record.kind is Kind.PAGES else None
             pager.restore(record.block_index, record.runs, content)
     finally:
         reader.close()

@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from transhume.memory import runs as page_runs
-from transhume.memory import zero
-from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock
+from transhume.memory.ram import GuestBlock
 from transhume.memory.runs import Runs
+from transhume.memory.zero import read_divided
 from transhume.model.errors import VmmError
 from transhume.model.migration import Migration
 from transhume.model.vm import PAGE_BYTES
@@ -45,6 +45,7 @@ HEAD_LIMIT_BYTES = 64 << 10
 
 _RECORD = struct.Struct("<4sBxHIII")
 _RUN_BYTES = 16
+_CHECKSUM_BYTES = 4
 
 
 class Kind(IntEnum):
@@ -57,19 +58,28 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Record:
-    """Where one record lies. `runs` are its pages, `offset` is where their content begins."""
+    """What a record says of itself. `runs` are its pages; their content is the reader's to show."""
 
     kind: Kind
     block_index: int
     runs: Runs
-    offset: int
-    payload_bytes: int
 
 
 def safe_copy_path(migration: Migration) -> Path | None:
     """The file of a migration; None when it has no safe copy."""
     directory = migration.options.safe_dir
     return None if directory is None else Path(directory) / f"{migration.vm}-{migration.id}.pages"
+
+
+def is_complete(path: Path, migration: str, block_pages: Sequence[int]) -> bool:
+    """Whether the copy holds all that it is to hold. Raises `VmmError` where it cannot be read."""
+    reader = SafeCopyReader(path, migration, block_pages)
+    try:
+        for _ in reader.records():
+            pass
+        return reader.complete
+    finally:
+        reader.close()
 
 
 def discard(path: Path) -> None:
@@ -91,7 +101,7 @@ class SafeCopyWriter:
         self._path = path
         self.copied: list[Runs] = [page_runs.empty() for _ in block_pages]
         self.complete = False
-        self._buffer = bytearray(RECORD_PAGES * PAGE_BYTES)
+        self._buffer = memoryview(bytearray(RECORD_PAGES * PAGE_BYTES))
         self._unsynced_bytes = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -145,18 +155,11 @@ class SafeCopyWriter:
         os.close(self._fd)
 
     def _write_batch(self, block: GuestBlock, batch: Runs) -> None:
-        view, position = memoryview(self._buffer), 0
-        for first, count in batch.tolist():
-            end = position + count * PAGE_BYTES
-            os.preadv(block.fd, [view[position:end]], first * PAGE_BYTES)
-            position = end
-        words = np.frombuffer(view[:position], dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
-        is_zero = zero.zero_pages(words)
-        zeros, data = zero.by_content(batch, is_zero)
+        zeros, data, words = read_divided(block, batch, self._buffer)
         if len(zeros):
             self._append(_record(Kind.ZEROS, block.block.index, zeros, b""))
         if len(data):
-            content = (words[~is_zero] if len(zeros) else words).data.cast("B")
+            content = words.data.cast("B")
             self._append(_record(Kind.PAGES, block.block.index, data, content), content)
         if self._unsynced_bytes >= SYNC_BYTES:
             self._sync()
@@ -182,6 +185,7 @@ class SafeCopyWriter:
 class SafeCopyReader:
     """Reads the file of one migration, also while it grows. Belongs to one thread.
 
+    `content` begins with the pages of the record that came last, in order, until the next one is asked for.
     Raises `VmmError` when there is none, or when it is another migration's.
     """
 
@@ -189,6 +193,7 @@ class SafeCopyReader:
         self._path = path
         self._block_pages = list(block_pages)
         self.complete = False
+        self.content = bytearray(RECORD_PAGES * PAGE_BYTES)
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -208,22 +213,12 @@ class SafeCopyReader:
             self.complete = self.complete or record.kind is Kind.END
             yield record
 
-    def content(self, record: Record, buffer: bytearray) -> None:
-        """Read a record's pages into the beginning of `buffer`. Raises `VmmError`."""
-        view = memoryview(buffer)[: record.payload_bytes]
-        try:
-            whole = os.preadv(self._fd, [view], record.offset) == len(view)
-        except OSError as error:
-            raise _cannot("read", self._path, error) from error
-        if not whole:
-            raise VmmError(f"the safe copy {self._path} became shorter while it was read")
-
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._fd)
 
     def _read_head(self, migration: str) -> int:
-        text = self._read(0, HEAD_LIMIT_BYTES)
+        text = self._read(0, bytearray(HEAD_LIMIT_BYTES)).tobytes()
         line, newline, _ = text.partition(b"\n")
         head: object = None
         with suppress(ValueError):
@@ -234,7 +229,7 @@ class SafeCopyReader:
         return len(line) + 1
 
     def _next(self) -> Record | None:
-        fixed = self._read(self.end_offset, _RECORD.size)
+        fixed = self._read(self.end_offset, bytearray(_RECORD.size))
         if len(fixed) < _RECORD.size:
             return None
         magic, kind, block_index, run_count, payload_bytes, checksum = _RECORD.unpack(fixed)
@@ -243,24 +238,25 @@ class SafeCopyReader:
         if payload_bytes > RECORD_PAGES * PAGE_BYTES or block_index >= len(self._block_pages):
             return None
         table_offset = self.end_offset + _RECORD.size
-        rest = self._read(table_offset, run_count * _RUN_BYTES + payload_bytes)
-        if len(rest) < run_count * _RUN_BYTES + payload_bytes:
+        offset = table_offset + run_count * _RUN_BYTES
+        table = self._read(table_offset, bytearray(run_count * _RUN_BYTES))
+        content = self._read(offset, memoryview(self.content)[:payload_bytes])
+        if len(table) < run_count * _RUN_BYTES or len(content) < payload_bytes:
             return None
-        if zlib.crc32(rest, zlib.crc32(fixed[: -struct.calcsize("<I")])) != checksum:
+        if _checksum(fixed[:-_CHECKSUM_BYTES], table, content) != checksum:
             return None
-        table = np.frombuffer(rest, dtype="<i8", count=run_count * 2)
-        runs = table.reshape(run_count, 2).astype(np.int64)
+        runs = np.frombuffer(table, dtype="<i8").reshape(run_count, 2).astype(np.int64)
         if page_runs.fault(runs, self._block_pages[block_index]):
             return None
         if kind == Kind.PAGES and page_runs.page_count(runs) * PAGE_BYTES != payload_bytes:
             return None
-        offset = table_offset + run_count * _RUN_BYTES
         self.end_offset = offset + payload_bytes
-        return Record(Kind(kind), block_index, runs, offset, payload_bytes)
+        return Record(Kind(kind), block_index, runs)
 
-    def _read(self, offset: int, length_bytes: int) -> bytes:
+    def _read(self, offset: int, into: bytearray | memoryview) -> memoryview:
+        """The part of `into` that the file could fill."""
         try:
-            return os.pread(self._fd, length_bytes, offset)
+            return memoryview(into)[: os.preadv(self._fd, [into], offset)]
         except OSError as error:
             raise _cannot("read", self._path, error) from error
 
@@ -268,9 +264,15 @@ class SafeCopyReader:
 def _record(kind: Kind, block_index: int, runs: Runs, content: bytes | memoryview) -> bytes:
     """The bytes of a record up to its content."""
     table = runs.astype("<i8").tobytes()
-    fixed = _RECORD.pack(MAGIC, kind, block_index, len(runs), len(content), 0)[: -struct.calcsize("<I")]
-    checksum = zlib.crc32(content, zlib.crc32(table, zlib.crc32(fixed)))
-    return fixed + struct.pack("<I", checksum) + table
+    fixed = _RECORD.pack(MAGIC, kind, block_index, len(runs), len(content), 0)[:-_CHECKSUM_BYTES]
+    return fixed + _checksum(fixed, table, content).to_bytes(_CHECKSUM_BYTES, "little") + table
+
+
+def _checksum(*pieces: bytes | memoryview) -> int:
+    value = 0
+    for piece in pieces:
+        value = zlib.crc32(piece, value)
+    return value
 
 
 def _cannot(verb: str, path: Path, error: OSError) -> VmmError:

@@ -12,18 +12,15 @@ Threads: one `PageSender` belongs to one thread at a time; its progress callback
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from transhume.memory import runs as page_runs
-from transhume.memory import zero
-from transhume.memory.ram import WORDS_PER_PAGE, GuestBlock, GuestRam, Words
+from transhume.memory.ram import GuestBlock, GuestRam
 from transhume.memory.runs import Runs
+from transhume.memory.zero import read_divided
 from transhume.migration import wire
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.pace import Pace
@@ -122,7 +119,7 @@ class PageSender:
             self._batch_pages = min(BATCH_PAGES, self._batch_pages * 2)
 
     def _send_pages(self, block: GuestBlock, runs: Runs) -> SentPages:
-        zeros, data, content = self._look_at(block, runs)
+        zeros, data, content = read_divided(block, runs, self._buffer)
         sent = self._send_zeros(block, zeros)
         if len(data) == 0:
             return sent
@@ -131,18 +128,6 @@ class PageSender:
             self._channel.write(begin, more=True)
             self._channel.write(content.data)
         return sent + _counted(data, len(begin))
-
-    def _look_at(self, block: GuestBlock, runs: Runs) -> tuple[Runs, Runs, Words]:
-        """Copy the pages; return the runs of zero pages, those of the others, and the others' content."""
-        position = 0
-        for first, count in runs.tolist():
-            end = position + count * PAGE_BYTES
-            os.preadv(block.fd, [self._buffer[position:end]], first * PAGE_BYTES)
-            position = end
-        words = np.frombuffer(self._buffer[:position], dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
-        is_zero = zero.zero_pages(words)
-        zeros, data = zero.by_content(runs, is_zero)
-        return zeros, data, words[~is_zero] if len(zeros) else words
 
     def _send_zeros(self, block: GuestBlock, runs: Runs) -> SentPages:
         if len(runs) == 0:
