@@ -1,4 +1,4 @@
-"""Whether an image is open for writing, by the lock that QEMU holds (QEMU itself: tests/e2e/test_revival.py)."""
+"""Whether an image is open for writing, by the lock that QEMU holds; with QEMU: tests/e2e/test_revival.py."""
 
 from __future__ import annotations
 
