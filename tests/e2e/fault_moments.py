@@ -20,9 +20,9 @@ from tests.e2e.farm import Farm, until
 
 from transhume.demo import namespaces
 from transhume.demo.namespaces import Shape
-from transhume.migration.destination import DestinationState
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.driver.job import MoverFolder, Role
-from transhume.migration.source import SourceState
+from transhume.migration.source_table import SourceState
 from transhume.model.migration import Mode, Phase
 from transhume.model.orders import Adjustment
 

@@ -13,8 +13,8 @@ from transhume.migration.destination import (
     REVOKED,
     SWAP_RETRY_S,
     DestinationMachine,
-    DestinationState,
 )
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.machine import Command, Event
 from transhume.model.migration import Migration, MigrationOptions, Mode, Outcome, Phase
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.migration.conversation import vars_of
 
 from transhume.migration import events as ev
-from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.machine import (
     Command,
     Event,

@@ -17,8 +17,8 @@ from transhume.migration.source import (
     REVIVED,
     SWAP_RETRY_S,
     SourceMachine,
-    SourceState,
 )
+from transhume.migration.source_table import SourceState
 from transhume.model.errors import PagesLost
 from transhume.model.migration import (
     Engine,

@@ -7,9 +7,11 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from transhume.migration import events as ev
-from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.machine import Command, Event, Rule
-from transhume.migration.source import SourceMachine, SourceState
+from transhume.migration.source import SourceMachine
+from transhume.migration.source_table import SourceState
 from transhume.model.migration import Outcome
 from transhume.sim.farm import Parts
 from transhume.sim.source_mover import SimSourceMover

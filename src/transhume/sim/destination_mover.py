@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from transhume.migration import events as ev
-from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.machine import Command, Event
 from transhume.model.migration import Engine, Outcome, Rest
 from transhume.sim.controller import Update

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from random import Random
 
 from transhume.migration import events as ev
-from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.machine import UnexpectedEvent
-from transhume.migration.source import SourceMachine, SourceState
+from transhume.migration.source import SourceMachine
+from transhume.migration.source_table import SourceState
 from transhume.model.errors import MemoryDiffers
 from transhume.model.migration import Migration, Phase
 from transhume.sim.controller import SimController

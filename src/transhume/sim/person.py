@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from transhume.migration import events as ev
-from transhume.migration.source import SourceState
+from transhume.migration.source_table import SourceState
 from transhume.model.migration import Phase
 from transhume.sim.host import SimHost
 from transhume.sim.mover import MoverWorld, SimMover

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from random import Random
 
-from transhume.migration.destination import DestinationState
-from transhume.migration.source import SourceState
+from transhume.migration.destination_table import DestinationState
+from transhume.migration.source_table import SourceState
 from transhume.model.migration import Engine, MigrationOptions, Mode, OnDeadline, Rest
 from transhume.model.vm import PAGE_BYTES
 

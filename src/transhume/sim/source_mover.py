@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from transhume.migration import events as ev
 from transhume.migration.machine import Command, Event
-from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
+from transhume.migration.source import SourceMachine
+from transhume.migration.source_table import DESTINATION_MAY_COMMIT, SourceState
 from transhume.model.errors import HostLost, PagesLost
 from transhume.model.migration import Engine, Outcome, PagingReport, Rest
 from transhume.model.vm import PAGE_BYTES

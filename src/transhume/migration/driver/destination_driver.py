@@ -23,7 +23,8 @@ from transhume.memory.runs import Runs
 from transhume.memory.userfaultfd import Userfaultfd, find_existing
 from transhume.migration import events as ev
 from transhume.migration import wire
-from transhume.migration.destination import DestinationMachine, DestinationState
+from transhume.migration.destination import DestinationMachine
+from transhume.migration.destination_table import DestinationState
 from transhume.migration.driver.attach import attach_userfaultfd
 from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.handshake import Identity, accept

@@ -36,7 +36,8 @@ from transhume.migration.path_choice import PathChoice
 from transhume.migration.policy import pace_bytes_s
 from transhume.migration.progress import ProgressTracker
 from transhume.migration.register import Register
-from transhume.migration.source import DESTINATION_MAY_COMMIT, SourceMachine, SourceState
+from transhume.migration.source import SourceMachine
+from transhume.migration.source_table import DESTINATION_MAY_COMMIT, SourceState
 from transhume.migration.transfer.channel import FrameChannel
 from transhume.migration.transfer.native_relay import NativeRelay
 from transhume.migration.transfer.owed_pages import OwedPages
