@@ -282,6 +282,33 @@ async def test_a_failure_reported_before_the_commit_fences_the_destination() -> 
         assert await f.controller.ownership("web") == Ownership(owner="alpha", epoch=2)
 
 
+@pytest.mark.parametrize(
+    ("runs_at", "told"),
+    [
+        ("nowhere: The link broke", "The link broke. VM web runs nowhere"),
+        ("nowhere: it died", "The link broke. VM web runs nowhere: it died"),
+        (
+            "nowhere for the moment: paused at source host alpha, to go on",
+            "The link broke. VM web runs nowhere for the moment: paused at source host alpha, to go on",
+        ),
+    ],
+)
+async def test_where_a_vm_runs_that_runs_nowhere(runs_at: str, told: str) -> None:
+    async with farm() as f:
+        await f.running_vm()
+        migration = await f.begun(await f.migrate())
+        await f.report(
+            migration,
+            "alpha",
+            Phase.ABORTED,
+            outcome=Outcome.FAILED,
+            error="The link broke.",
+            error_code="host-lost",
+            runs_at=runs_at,
+        )
+        assert (await f.controller.migrations.get(migration.id)).error == told
+
+
 async def test_a_failure_reported_after_the_sources_own_abort_changes_no_epoch() -> None:
     async with farm() as f:
         await f.running_vm()

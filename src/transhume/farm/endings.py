@@ -142,7 +142,7 @@ class Endings:
         if not committed:
             outcome, phase = claim.outcome, Phase.ABORTED
             if error and runs_at not in error:
-                error = f"{error.rstrip('. ')}. VM {record.vm} runs on {runs_at}, where it was"
+                error = f"{error.rstrip('. ')}. {_place_in_words(record.vm, runs_at, error)}"
         else:
             outcome, phase = Outcome.FAILED if _lost_after_commit(claim) else Outcome.COMPLETED, Phase.DONE
         return joined.model_copy(
@@ -170,6 +170,14 @@ def at_source(record: Migration) -> str:
 def at_destination(record: Migration) -> str:
     """Where a VM runs that was moved, in words."""
     return f"destination host {record.destination}"
+
+
+def _place_in_words(vm: str, runs_at: str, error: str) -> str:
+    """Where a VM runs that was not moved, as a sentence behind what ended its migration."""
+    if not runs_at.startswith("nowhere"):
+        return f"VM {vm} runs on {runs_at}, where it was"
+    nowhere, _, why = runs_at.partition(": ")
+    return f"VM {vm} runs {nowhere if why in error else runs_at}"
 
 
 def _is_commit(record: Migration, held: Ownership) -> bool:
