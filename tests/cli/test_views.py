@@ -208,6 +208,14 @@ def test_a_dry_run_with_reasons_names_each() -> None:
     assert text.splitlines() == ["VM web cannot move from alpha to beta:", "  - one", "  - two"]
 
 
+def test_a_dry_run_of_a_vm_that_lacks_pages_says_what_it_would_wait_for() -> None:
+    text = printed(dry_run_report(DryRun(vm="web", source="beta", destination="gamma", behind="m1")))
+    assert text.splitlines() == [
+        "VM web can move from beta to gamma",
+        "asked for now, it would be queued behind m1, and checked then",
+    ]
+
+
 def test_words_for_numbers() -> None:
     assert [bytes_in_words(n) for n in (0, 999, 1500, 118e6, 1.234e9, 5e12)] == [
         "0 B",

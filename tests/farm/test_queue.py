@@ -96,6 +96,20 @@ async def test_a_chain_of_three_hops_each_asked_for_while_the_one_before_owes_pa
         await assert_free(f)
 
 
+async def test_a_dry_run_says_that_it_would_wait_and_not_that_it_would_be_refused() -> None:
+    async with farm(*HOSTS) as f:
+        earlier = await paging(f)
+        found = await f.controller.migrations.dry_run("web", "gamma", MigrationOptions())
+        assert (found.behind, found.source, found.reasons) == (earlier.id, "beta", ())
+        queued = await f.migrate(to="gamma")
+        found = await f.controller.migrations.dry_run("web", "gamma", MigrationOptions())
+        assert found.behind == ""
+        assert any(f"migration {queued.id} of VM web is queued already" in each for each in found.reasons)
+        await f.controller.migrations.cancel("web")
+        await completes(f, earlier)
+        assert (await f.controller.migrations.dry_run("web", "gamma", MigrationOptions())).behind == ""
+
+
 async def test_without_a_destination_it_is_chosen_when_it_begins() -> None:
     async with farm(*HOSTS) as f:
         earlier = await paging(f)

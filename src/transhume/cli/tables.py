@@ -222,6 +222,8 @@ def dry_run_report(answer: DryRun) -> Group:
         parts += [Text(f"  - {reason}") for reason in answer.reasons]
     else:
         parts.append(Text(f"VM {answer.vm} can move from {answer.source} to {where}", style="green"))
+    if answer.behind:
+        parts.append(Text(f"asked for now, it would be queued behind {answer.behind}, and checked then"))
     if answer.wire_bytes is not None and answer.total_ms is not None and answer.downtime_ms is not None:
         parts.append(
             Text(

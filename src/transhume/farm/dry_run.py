@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transhume.farm.members import Members
 from transhume.farm.prediction import dirty_rate_bytes_s, effective_rate_bytes_s, experience, predict
+from transhume.farm.preflight import queued_already
 from transhume.farm.records import FarmRecords
 from transhume.farm.survey import Entrance, survey
 from transhume.model.errors import TranshumeError
@@ -25,11 +26,12 @@ async def dry_run(
     Raises as `survey`. A VM whose writes cannot be sampled is told without a prediction.
     """
     found = await survey(members, vm, to, options, entrance)
+    waiting = (queued_already(vm.spec.name, vm.queued),) if vm.queued else ()
     answer = DryRun(
         vm=vm.spec.name,
         source=found.source.name,
         destination=found.destination.name if found.destination else "",
-        reasons=found.reasons,
+        reasons=(*waiting, *found.reasons),
     )
     try:
         sample = await members.link(found.source.name).sample_dirty_rate(vm.spec.name, sample_s)

@@ -21,7 +21,8 @@ from transhume.farm.events import EventLog, MigrationEvent
 from transhume.farm.limits import Limits
 from transhume.farm.members import Members
 from transhume.farm.merge import merged
-from transhume.farm.queue import Queue, already_queued
+from transhume.farm.preflight import moving_already, queued_already
+from transhume.farm.queue import Queue
 from transhume.farm.records import FarmRecords, absent, encode, migration_key, vm_key
 from transhume.farm.survey import Entrance, Survey, survey
 from transhume.farm.vms import Vms
@@ -111,9 +112,13 @@ class Migrations:
 
     async def dry_run(self, vm: str, to: str | None, options: MigrationOptions) -> DryRun:
         """What a migration would meet. Changes nothing; takes as long as the sample of the dirty rate."""
-        view = await self._vms.show(vm)
+        view, behind = await self._vms.show(vm), ""
+        if view.migration and not view.queued and (await self.get(view.migration)).phase is Phase.PAGING:
+            # It would be queued: that the VM moves now is nothing against it.
+            view, behind = view.model_copy(update={"migration": ""}), view.migration
         sample_s, entrance = self._limits.sample_s, Entrance(self._admission, hold=False)
-        return await dry_run(self._members, self._records, view, to, options, sample_s, entrance)
+        answer = await dry_run(self._members, self._records, view, to, options, sample_s, entrance)
+        return answer.model_copy(update={"behind": behind})
 
     async def get(self, migration: str) -> Migration:
         """The record, with the newest progress. Raises `NotFound`."""
@@ -270,9 +275,9 @@ class Migrations:
             if kept_vm is None or kept_owner is None:
                 raise NotFound(f"VM {name} was deleted meanwhile")
             if kept_vm.record.migration:
-                raise _already_moving(name, kept_vm.record.migration)
+                raise Conflict(moving_already(name, kept_vm.record.migration))
             if kept_vm.record.queued:
-                raise already_queued(name, kept_vm.record.queued)
+                raise Conflict(queued_already(name, kept_vm.record.queued))
             if kept_owner.record != vm.ownership:
                 raise Conflict(f"VM {name} has moved to {kept_owner.record.owner} meanwhile; ask again")
             migration = Migration(
@@ -300,12 +305,12 @@ class Migrations:
         """Queue a migration of a VM that moves already. None: that one has ended meanwhile."""
         name = vm.spec.name
         if vm.queued:
-            raise already_queued(name, vm.queued)
+            raise Conflict(queued_already(name, vm.queued))
         earlier = await self.get(vm.migration)
         if earlier.outcome is not Outcome.RUNNING:
             return None
         if earlier.phase is not Phase.PAGING:
-            raise _already_moving(name, earlier.id)
+            raise Conflict(moving_already(name, earlier.id))
         queued = await self._queue.enter(vm, earlier, to, options)
         if queued is not None:
             self._take_up(queued)
@@ -491,9 +496,3 @@ class Migrations:
 
 def _at_least(record: Migration, phase: Phase) -> Migration:
     return merged(record, MigrationUpdate(migration=record.id, host=record.source, phase=phase))
-
-
-def _already_moving(vm: str, migration: str) -> Conflict:
-    return Conflict(
-        f"VM {vm} is already migrating ({migration}); wait for it or `transhume cancel {migration}` first"
-    )

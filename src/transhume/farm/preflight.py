@@ -20,10 +20,7 @@ def source_reasons(
     name = vm.spec.name
     reasons = []
     if vm.migration:
-        reasons.append(
-            f"VM {name} is already migrating ({vm.migration}); "
-            f"wait for it or `transhume cancel {vm.migration}` first"
-        )
+        reasons.append(moving_already(name, vm.migration))
     if facts.state is not VmState.RUNNING:
         reasons.append(
             f"VM {name} is {facts.state.value} on {source.name} and only a running VM can move live; "
@@ -33,6 +30,16 @@ def source_reasons(
         reasons += _own_engine_reasons(source, facts)
     reasons += facts.qemu_obstacles
     return tuple(reasons)
+
+
+def moving_already(vm: str, migration: str) -> str:
+    """Why a VM with this migration under way cannot begin another."""
+    return f"VM {vm} is already migrating ({migration}); wait for it or `transhume cancel {migration}` first"
+
+
+def queued_already(vm: str, queued: str) -> str:
+    """Why a VM of which this migration waits cannot have another."""
+    return f"migration {queued} of VM {vm} is queued already; `transhume cancel {queued}` first"
 
 
 def destination_reasons(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from transhume.farm.admission import Admission
 from transhume.farm.endings import Claim, at_source
 from transhume.farm.members import Members
-from transhume.farm.preflight import destination_reasons
+from transhume.farm.preflight import destination_reasons, queued_already
 from transhume.farm.records import FarmRecords, VmRecord, absent, encode, migration_key, vm_key
 from transhume.farm.survey import Entrance, Survey, survey
 from transhume.farm.vms import Vms
@@ -60,7 +60,7 @@ class Queue:
             if kept is None:
                 raise NotFound(f"VM {earlier.vm} was deleted meanwhile")
             if kept.record.queued:
-                raise already_queued(earlier.vm, kept.record.queued)
+                raise Conflict(queued_already(earlier.vm, kept.record.queued))
             if kept.record.migration != earlier.id:
                 return None
             queued = Migration(
@@ -185,11 +185,6 @@ class Queue:
                 f"VM {earlier.vm} cannot move to {to}; it runs there already",
                 destination_reasons(vm, source, facts, destination, None, options),
             )
-
-
-def already_queued(vm: str, queued: str) -> Conflict:
-    """For whoever wants to move a VM while a migration of it waits already."""
-    return Conflict(f"migration {queued} of VM {vm} is queued already; `transhume cancel {queued}` first")
 
 
 def _after(queued: Migration, earlier: Migration) -> Claim:

@@ -336,13 +336,17 @@ class Migration(BaseModel):
 
 
 class DryRun(BaseModel):
-    """What a migration would meet: the reasons against it, and a prediction from a dirty-rate sample."""
+    """What a migration would meet: the reasons against it, and a prediction from a dirty-rate sample.
+
+    `behind` is the migration under way that it would wait for, or empty; all else is as of now.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     vm: str
     source: str
     destination: str
+    behind: str = ""
     reasons: tuple[str, ...] = ()
     wire_bytes: int | None = None
     total_ms: float | None = None
