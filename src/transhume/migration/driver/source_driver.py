@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from transhume.memory import runs as page_runs
-from transhume.memory.digest import digest
 from transhume.memory.ram import GuestRam
 from transhume.memory.runs import Runs
 from transhume.migration import events as ev
@@ -29,6 +28,7 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler, clock_of, end
 from transhume.migration.driver.owed_file import OwedFile
+from transhume.migration.driver.passes import Passes, page_count
 from transhume.migration.driver.reach import reach
 from transhume.migration.driver.safe_copying import SafeCopying
 from transhume.migration.machine import Command, Event
@@ -43,7 +43,7 @@ from transhume.migration.transfer.native_relay import NativeRelay
 from transhume.migration.transfer.owed_pages import OwedPages
 from transhume.migration.transfer.pace import Pace
 from transhume.migration.transfer.safe_copy import safe_copy_path
-from transhume.migration.transfer.sender import PageSender, SentPages
+from transhume.migration.transfer.sender import PageSender
 from transhume.migration.transfer.verification import Comparison
 from transhume.model.errors import (
     HostLost,
@@ -67,9 +67,6 @@ from transhume.vmm.native import NativeOptions, NativeOutgoing
 from transhume.vmm.niceness import LEAST_URGENT, put_this_thread_first, set_niceness
 from transhume.vmm.paths import VmPaths
 from transhume.vmm.process import QemuProcess, find_running
-
-SLICE_PAGES = 2048
-"""A pass goes in slices of 8 MiB, so that an interrupted one knows what is left."""
 
 REGISTER_LIMIT_S = 1.0
 """A register that does not answer within this time is not trusted with a suspended VM."""
@@ -135,14 +132,12 @@ class SourceDriver(Driver[SourceState]):
         self._monitor: Monitor | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._tracked: TrackedRam | None = None
-        self._sender: PageSender | None = None
         self._channel: FrameChannel | None = None
         self._native_relay: NativeRelay | None = None
         self._reader: threading.Thread | None = None
         self._stop = threading.Event()
-        self._interrupt = threading.Event()
         self._pace = Pace(self._options.bandwidth_bytes_s)
-        self._left: list[Runs] = []
+        self._passes: Passes | None = None
         self._answers: dict[wire.FrameType, asyncio.Future[wire.Message]] = {}
         self._outgoing: OutgoingState | None = None
         self._native: NativeOutgoing | None = None
@@ -153,12 +148,11 @@ class SourceDriver(Driver[SourceState]):
         self._fault_channel: FrameChannel | None = None
         self._fault_server: threading.Thread | None = None
         self._owed = OwedPages()
-        self._latest: list[Runs] = []
         self._streamed: tuple[bytes, int, str] | None = None
         self._missing: list[Runs] = []
         self._resumed_there = asyncio.Event()
         self._safe_copying = SafeCopying(safe_copy_path(job.migration), job.migration.id, self._log)
-        self._owed_at_switchover: list[Runs] = owed or []
+        self._owed_before: list[Runs] = owed or []
         self._choice = PathChoice(_addresses_of(job.prepared), self._options.peer_silence_limit_s)
         self._address = self._choice.last_worked
 
@@ -242,8 +236,9 @@ class SourceDriver(Driver[SourceState]):
 
     def _copy_what_is_owed(self) -> None:
         """Begin the safe copy, if there is to be one; it goes on by itself."""
-        if self._owed_at_switchover and self._ram is not None:
-            self._safe_copying.begin(self._ram, self._owed_at_switchover)
+        owed = self._owed_before if self._passes is None else self._passes.owed
+        if owed and self._ram is not None:
+            self._safe_copying.begin(self._ram, owed)
 
     def adjust(self, adjustment: Adjustment) -> AdjustReply:
         """Take other limits, now; or say why not, and change nothing."""
@@ -488,86 +483,55 @@ class SourceDriver(Driver[SourceState]):
             assert self._process is not None
             self._tracked = await TrackedRam.attach(monitor, self._process.pid)
             await self._in_data_thread(self._tracked.tracker.arm)
+            assert self._channel is not None
+            self._passes = Passes(
+                self._channel,
+                self._tracked.ram,
+                self._tracked.tracker,
+                self._pace,
+                self._stop,
+                self._on_progress,
+            )
             await prepare_save(monitor)
             self._outgoing = await OutgoingState.prepare(monitor)
         return ev.Armed(self.job.switchover_cost_s)
 
     async def _send_pass(self, command: ev.SendPass) -> Event:
-        tracked = self._tracked
+        tracked, passes = self._tracked, self._passes
         assert tracked is not None
+        assert passes is not None
         decision = self._source.last_decision
         if decision is not None and decision.stalled:
             await asyncio.sleep(STALLED_PAUSE_S)
-        runs = tracked.ram.populated_runs() if command.index == 0 else self._left
-        self._interrupt.clear()
+        runs = tracked.ram.populated_runs() if command.index == 0 else passes.left
+        passes.interrupt.clear()
         probe = None
         if command.index == 0 and self._options.mode is Mode.AUTO and self._options.may_page:
             probe = DirtyProbe(tracked.tracker, time.monotonic())
-        self._progress.pass_started(command.index, _count(runs))
+        self._progress.pass_started(command.index, page_count(runs))
         began_s = time.monotonic()
-        sent, unsent = await self._in_data_thread(self._send_runs, runs, True, probe)
+        sent, unsent = await self._in_data_thread(passes.send, runs, probe)
         acknowledged = self._expect(wire.FrameType.PASS_ACK)
         await self._send(wire.PassEnd(iteration=command.index, pages=sent.pages, zero_pages=sent.zero_pages))
         await acknowledged
         duration_s = time.monotonic() - began_s
-        dirty = await self._in_data_thread(tracked.tracker.collect)
-        if probe is not None and probe.found:
-            dirty = [page_runs.union(*pair) for pair in zip(dirty, probe.found, strict=True)]
-        self._left = [page_runs.union(*pair) for pair in zip(dirty, unsent, strict=True)]
-        self._latest = dirty
+        await self._in_data_thread(passes.scan, unsent, probe)
+        dirty_pages = page_count(passes.latest)
         result = ev.PassResult(
             index=command.index,
             pages=sent.pages,
             zero_pages=sent.zero_pages,
             wire_bytes=sent.wire_bytes,
             duration_s=duration_s,
-            dirty_pages_after=_count(dirty),
-            unsent_pages=_count(self._left) - _count(dirty),
+            dirty_pages_after=dirty_pages,
+            unsent_pages=page_count(passes.left) - dirty_pages,
             written_bytes_s=None if probe is None else probe.written_bytes_s,
         )
         return ev.PassEnded(result)
 
     async def _interrupt_pass(self, _: ev.InterruptPass) -> None:
-        self._interrupt.set()
-
-    def _send_runs(
-        self, runs: list[Runs], paced: bool, probe: DirtyProbe | None = None
-    ) -> tuple[SentPages, list[Runs]]:
-        """In the data thread: send the runs of each block; what an interruption left comes back.
-
-        A probe scans, and so clears marks: only a pass that adds what it found to its own may have one.
-        """
-        assert self._channel is not None
-        assert self._tracked is not None
-        if self._sender is None:
-            self._sender = PageSender(self._channel, self._tracked.ram, self._stop, self._on_progress)
-        sender = self._sender
-        sent = SentPages()
-        unsent = [page_runs.empty() for _ in runs]
-        for index, block_runs in enumerate(runs):
-            slices = list(page_runs.batches(block_runs, SLICE_PAGES, SLICE_PAGES))
-            for number, piece in enumerate(slices):
-                if paced and self._interrupt.is_set():
-                    unsent[index] = _join(slices[number:])
-                    break
-                if probe is not None and probe.take(time.monotonic(), sent.wire_bytes):
-                    self._interrupt.set()
-                newest = self._with_newest(index, piece) if paced else piece
-                sent += sender.send(index, newest, self._pace if paced else None)
-                if self._stop.is_set():
-                    raise HostLost("the pass was given up")
-        return sent, unsent
-
-    def _with_newest(self, index: int, piece: Runs) -> Runs:
-        """Take what was written in the piece's range since the last scan along, and clear its marks.
-
-        A page that was written before its turn came is so sent once and not again in the next pass (the idea
-        is Chunguang Li's, for QEMU in 2016). The scan comes before the pages are read, as always.
-        """
-        assert self._tracked is not None
-        first = int(piece[0, 0])
-        end = int(piece[-1].sum())
-        return page_runs.union(piece, self._tracked.tracker.collect_range(index, first, end - first))
+        if self._passes is not None:
+            self._passes.interrupt.set()
 
     def _on_progress(self, pages: int, wire_bytes: int) -> None:
         now_s = time.monotonic()
@@ -598,10 +562,15 @@ class SourceDriver(Driver[SourceState]):
         return ev.VmPaused(stopping_s)
 
     async def _send_last_pages(self, command: ev.SendLastPages) -> Event:
+        passes, verify = self._passes, self._options.verify
+        assert passes is not None
         began_s = time.monotonic()
         verified = self._expect(wire.FrameType.PAGES_VERIFIED)
         if command.rest.after_resume:
-            owed_pages, sent = await self._in_data_thread(self._name_owed, command.budget_pages)
+            first = not self._source.passes
+            owed_pages, sent = await self._in_data_thread(
+                passes.name_owed, self._owed, self._owed_file, command.budget_pages, first, verify
+            )
             result = ev.PassResult(
                 index=len(self._source.passes),
                 pages=sent.pages,
@@ -610,14 +579,14 @@ class SourceDriver(Driver[SourceState]):
                 duration_s=time.monotonic() - began_s,
                 dirty_pages_after=owed_pages,
             )
-            if owed_pages or not self._options.verify:
+            if owed_pages or not verify:
                 return ev.LastPagesSent(result, owed_pages=owed_pages)
             await verified  # nothing is left for later, so this is the time to compare
             return ev.LastPagesSent(result, time.monotonic() - began_s - result.duration_s)
         if command.rest is Rest.AFTER_STATE:
             self._streamed = await self._stream_state()
-        sent, last_page_s = await self._in_data_thread(self._send_rest)
-        if self._options.verify:
+        sent, last_page_s = await self._in_data_thread(passes.send_rest, verify)
+        if verify:
             await verified
         result = ev.PassResult(
             index=len(self._source.passes),
@@ -627,69 +596,17 @@ class SourceDriver(Driver[SourceState]):
             duration_s=last_page_s - began_s,
             dirty_pages_after=0,
         )
-        verify_s = time.monotonic() - last_page_s if self._options.verify else 0.0
+        verify_s = time.monotonic() - last_page_s if verify else 0.0
         return ev.LastPagesSent(result, verify_s)
-
-    def _send_rest(self) -> tuple[SentPages, float]:
-        """In the data thread: the VM is paused, so this scan is the last. Also the time of the last page."""
-        assert self._tracked is not None
-        assert self._channel is not None
-        dirty = self._tracked.tracker.collect()
-        runs = [page_runs.union(*pair) for pair in zip(dirty, self._left, strict=True)]
-        sent, _ = self._send_runs(runs, paced=False)
-        last_page_s = time.monotonic()
-        self._end_last_pages(sent, self._options.verify)
-        return sent, last_page_s
-
-    def _end_last_pages(self, sent: SentPages, verify: bool) -> None:
-        assert self._tracked is not None
-        assert self._channel is not None
-        digests = tuple(digest(block) for block in self._tracked.ram.blocks) if verify else ()
-        self._channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages, digests=digests))
-
-    def _name_owed(self, budget_pages: int) -> tuple[int, SentPages]:
-        """In the data thread: the VM is paused, so this scan is the last.
-
-        A few of the pages written last are sent, as many as the promised downtime has room for; the others
-        are named. How many those are, and what was sent, comes back.
-        """
-        assert self._tracked is not None
-        assert self._channel is not None
-        dirty = self._tracked.tracker.collect()
-        # Without a pass before, all that was ever touched is owed.
-        rest = self._left if self._source.passes else self._tracked.ram.populated_runs()
-        now = _first_pages(dirty, budget_pages)
-        sent, _ = self._send_runs(now, paced=False)
-        dirty = [page_runs.subtract(*pair) for pair in zip(dirty, now, strict=True)]
-        rest = [page_runs.subtract(*pair) for pair in zip(rest, now, strict=True)]
-        owed = [page_runs.union(*pair) for pair in zip(dirty, rest, strict=True)]
-        count = _count(owed)
-        if count:
-            self._owed_file.write(owed)
-            self._owed_at_switchover = owed
-            block_pages = self._channel.decoder.block_pages
-            self._owed.owe(block_pages, [dirty, self._latest, rest])
-            self._send_owed(owed)
-        self._end_last_pages(sent, self._options.verify and count == 0)
-        return count, sent
-
-    def _send_owed(self, owed: list[Runs]) -> None:
-        assert self._channel is not None
-        for index, runs in enumerate(owed):
-            for batch in page_runs.batches(runs, 1 << 62, wire.MAX_RUNS):
-                with self._channel.frame():
-                    self._channel.write(
-                        wire.encode_table(wire.FrameType.OWED, index, batch, self._channel.version)
-                    )
 
     async def _send_state(self, _: ev.SendState) -> Event:
         if self._options.engine is Engine.QEMU:
             return await self._end_native_state()
-        channel = self._channel
-        assert channel is not None
+        passes = self._passes
+        assert passes is not None
         held, length_bytes, digest_hex = self._streamed or await self._stream_state()
         end = wire.StateEnd(length_bytes=length_bytes, sha256=digest_hex)
-        await self._in_data_thread(self._end_state, channel, held, end)
+        await self._in_data_thread(passes.end_state, held, end, self._owed, self._owed_file)
         return ev.StateSent(length_bytes)
 
     async def _stream_state(self) -> tuple[bytes, int, str]:
@@ -710,28 +627,6 @@ class SourceDriver(Driver[SourceState]):
             held = chunk
         await outgoing.finish()
         return held, length_bytes, fingerprint.hexdigest()
-
-    def _end_state(self, channel: FrameChannel, rest: bytes, end: wire.StateEnd) -> None:
-        """In the data thread: QEMU is done, and nothing may have been written since the last scan.
-
-        Were a device to write guest RAM while it saves its state, that page would be lost without a sign:
-        so it is looked for, and sent, before the end mark that lets the destination commit.
-        """
-        assert self._tracked is not None
-        channel.send_state(rest)
-        late = self._tracked.tracker.collect()
-        if _count(late) and self._owed.left_pages is not None:
-            self._owed.owe_more(late)
-            self._owed_at_switchover = [
-                page_runs.union(*pair) for pair in zip(self._owed_at_switchover, late, strict=True)
-            ]
-            self._owed_file.write(self._owed_at_switchover)  # a successor's safe copy must hold them too
-            self._send_owed(late)
-            channel.send(wire.LastPagesEnd(pages=0, zero_pages=0))
-        elif _count(late):
-            sent, _ = self._send_runs(late, paced=False)
-            channel.send(wire.LastPagesEnd(pages=sent.pages, zero_pages=sent.zero_pages))
-        channel.send(end)
 
     # --- QEMU's own engine -----------------------------------------------------------------------
 
@@ -960,30 +855,9 @@ class SourceDriver(Driver[SourceState]):
             self._data_busy = False
 
 
-def _count(runs: list[Runs]) -> int:
-    return sum(page_runs.page_count(each) for each in runs)
-
-
-def _first_pages(runs: list[Runs], most_pages: int) -> list[Runs]:
-    """Up to so many pages of all blocks together."""
-    first: list[Runs] = []
-    for block in runs:
-        piece = next(page_runs.batches(block, most_pages, len(block)), None) if most_pages > 0 else None
-        first.append(page_runs.empty() if piece is None else piece)
-        most_pages -= page_runs.page_count(first[-1])
-    return first
-
-
 def _addresses_of(prepared: Prepared | None) -> tuple[str, ...]:
     return ("",) if prepared is None else (prepared.address, *prepared.other_addresses)
 
 
 def _why_no_paging(options: MigrationOptions) -> str:
     return f"mode {options.mode.value}" if options.post_copy else "--no-post-copy"
-
-
-def _join(pieces: list[Runs]) -> Runs:
-    joined = page_runs.empty()
-    for piece in pieces:
-        joined = page_runs.union(joined, piece)
-    return joined
