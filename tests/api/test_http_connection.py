@@ -67,7 +67,7 @@ def answering(*answers: bytes, then_close: bool = False) -> tuple[Handler, list[
 @asynccontextmanager
 async def connection(handler: Handler) -> AsyncIterator[HttpConnection]:
     async with peer(handler) as where:
-        made = HttpConnection("the peer", where, {"Authorization": "Bearer a:b"})
+        made = HttpConnection("the peer", where)
         yield made
         await made.close()
 
@@ -78,7 +78,7 @@ async def test_requests_share_a_connection() -> None:
         assert await made.request("GET", "/a", None, 5.0) == (200, b"ok")
         assert await made.request("POST", "/b", b"{}", 5.0) == (200, b"ok")
     assert seen[0].startswith(b"GET /a HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert b"Authorization: Bearer a:b\r\n" in seen[1]
+    assert b"Content-Type: application/json\r\n" in seen[1]
     assert seen[1].endswith(b"\r\n\r\n{}")
 
 

@@ -44,8 +44,8 @@ class ControllerClient:
         tls = (
             None if config.carries_controller else partial(Credentials(config.files).client, CONTROLLER_NAME)
         )
-        self._register = HttpConnection(self._peer, target, {}, tls)
-        self._reports = HttpConnection(self._peer, target, {}, tls)
+        self._register = HttpConnection(self._peer, target, tls)
+        self._reports = HttpConnection(self._peer, target, tls)
 
     async def ping(self) -> None:
         """Open and warm the connection on which the register is asked. `HostLost` when nobody answers."""

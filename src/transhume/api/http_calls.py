@@ -63,7 +63,7 @@ class HttpCalls:
     ) -> bytes:
         """The answer as it came."""
         query = f"?{urlencode(params)}" if params else ""
-        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, {}, self.tls)
+        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, self.tls)
         try:
             status, content = await connection.request(
                 method, f"{self._prefix}{path}{query}", _encode(body), timeout_s

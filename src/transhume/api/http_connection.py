@@ -45,14 +45,11 @@ def content_type(body: bytes | None) -> dict[str, str]:
 class HttpConnection:
     """Requests to one daemon, one after the other, on one connection that is kept open in between."""
 
-    def __init__(
-        self, peer: str, target: Target, headers: dict[str, str], tls: TlsMaker | None = None
-    ) -> None:
+    def __init__(self, peer: str, target: Target, tls: TlsMaker | None = None) -> None:
         self._peer = peer
         self._target = target
         self._tls = tls
-        host = "localhost" if isinstance(target, Path) else authority(*target)
-        self._headers = {"Host": host, **headers}
+        self._host = "localhost" if isinstance(target, Path) else authority(*target)
         self._open: _Open | None = None
         self._turn = asyncio.Lock()
 
@@ -69,7 +66,7 @@ class HttpConnection:
                 with self._failures_named(timeout_s):
                     async with asyncio.timeout(timeout_s):
                         opened = await self._demand_open()
-                        await opened.ask(method, path, {**self._headers, **content_type(body)}, body)
+                        await opened.ask(method, path, {"Host": self._host, **content_type(body)}, body)
                         answer = await opened.answer(self._peer)
             except BaseException:
                 # Also when this was cancelled: a late answer must not be taken for that of the next request.

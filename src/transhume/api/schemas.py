@@ -153,7 +153,7 @@ class SampleRequest(Body):
 
 
 class Pong(Body):
-    """Who answers. `controller` is the host that carries the controller, by name where it is this one."""
+    """Who answers, and whether it is the host that carries the controller."""
 
     host: str
     carries_controller: bool
