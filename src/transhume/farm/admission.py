@@ -35,6 +35,7 @@ class Situation:
     owners: Mapping[str, Ownership]
     states: Mapping[str, VmState]
     host_labels: Mapping[str, tuple[str, ...]]
+    settings: FarmSettings
 
     def without(self, leaving: Mapping[str, str]) -> None:
         """Take back what these VMs have on these hosts: they go."""
@@ -66,14 +67,15 @@ class Admission:
         """The farm as it is now, with what is held. `labels` of VMs that it does not have yet; `all_answer`
         when it was asked of the hosts themselves whether they do.
         """
-        vms, owners, rules, settings = await asyncio.gather(
+        vms, owners, rules, kept_settings = await asyncio.gather(
             self._records.vms(), self._records.ownerships(), self._records.rules(), self._records.settings()
         )
         records = {kept.record.spec.name: kept.record for kept in vms}
         moving = await self._moving(records.values())
         by_vm = {kept.key: kept.record for kept in owners}
         owned = {name: by_vm[key] for name in records if (key := ownership_key(name)) in by_vm}
-        rooms = self._rooms(settings.record if settings else FarmSettings())
+        settings = kept_settings.record if kept_settings else FarmSettings()
+        rooms = self._rooms(settings)
         pool = Pool([replace(room, silent=False) for room in rooms] if all_answer else rooms)
         states = {}
         for name, record in records.items():
@@ -89,7 +91,7 @@ class Admission:
         vm_labels = {**(labels or {}), **{name: record.labels for name, record in records.items()}}
         book = RuleBook([kept.record for kept in rules], vm_labels, host_labels)
         self._promise_held(pool)
-        return Situation(pool, book, records, owned, states, host_labels)
+        return Situation(pool, book, records, owned, states, host_labels, settings)
 
     async def place(
         self,
@@ -120,14 +122,16 @@ class Admission:
         demand: Demand,
         candidates: Mapping[str, int],
         source: str,
+        unfit: frozenset[str] = frozenset(),
         leaving: frozenset[str] = frozenset(),
         ignore_rules: bool = False,
         hold: bool = True,
     ) -> Judgement:
         """What speaks against each of `candidates` as the destination of a move, and the best of them, held.
 
-        `candidates` have the memory that is available there right now: of what is promised and what is
-        available, the lesser counts. Whether a host answers and what its QEMU can do was asked of it already.
+        `candidates` have the memory that is available there right now: of what is left to promise and what is
+        available, the lesser counts. Whether a host answers and what its QEMU can do was asked of it already;
+        those that are `unfit` by that are judged too, and not chosen.
         """
         async with self._lock:
             found = await self.situation(all_answer=True)
@@ -139,6 +143,7 @@ class Admission:
                 reasons = reasons_against(found.pool, rules, (asked,), host)
                 if reasons:
                     against[host] = reasons
+                if reasons or host in unfit:
                     continue
                 disliked = rules.disliked(demand.vm, host, found.pool) if rules.prefers(demand.vm) else 0
                 fit.append((disliked, -min(available_bytes, found.pool.left_bytes(host)), host))

@@ -19,7 +19,7 @@ async def dry_run(
     to: str | None,
     options: MigrationOptions,
     sample_s: float,
-    entrance: Entrance | None = None,
+    entrance: Entrance,
 ) -> DryRun:
     """Survey and predict; `to` None chooses the destination. Changes nothing, and takes `sample_s` at least.
 

@@ -76,7 +76,6 @@ class Overview:
     async def view(self) -> FarmView:
         """The pool as it is now. Raises `StoreError`."""
         found = await self._admission.situation()
-        settings = await self._records.settings()
         # In a thread: in a large farm it takes a second, and commits do not wait for it.
         lost = await asyncio.to_thread(losses, found.pool, found.rules)
         bad = worst(lost)
@@ -97,7 +96,7 @@ class Overview:
             short_bytes=bad.short_bytes if bad else 0,
             worst_host=bad.host if bad else "",
             broken_rules=tuple(found.rules.broken_now(found.pool)),
-            cpu_overcommit=(settings.record if settings else FarmSettings()).cpu_overcommit,
+            cpu_overcommit=found.settings.cpu_overcommit,
         )
 
     async def configure_farm(self, cpu_overcommit: float) -> None:

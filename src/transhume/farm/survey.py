@@ -54,10 +54,9 @@ async def survey(
     vm: Vm,
     to: str | None,
     options: MigrationOptions,
-    entrance: Entrance | None = None,
+    entrance: Entrance,
 ) -> Survey:
-    """Ask the source and the possible destinations, all at once; then, with `entrance`, the pool and the
-    rules.
+    """Ask the source and the possible destinations, all at once; then the pool and the rules.
 
     Raises `NotFound` for a host that is none and `HostLost` when the source does not answer. Without `to`,
     the best host of those without a reason against them is chosen.
@@ -108,7 +107,7 @@ async def _chosen(
     found: list[DestinationFacts | None],
     against: list[tuple[str, ...]],
     options: MigrationOptions,
-    entrance: Entrance | None,
+    entrance: Entrance,
 ) -> tuple[HostStatus | None, list[tuple[str, ...]]]:
     """The best of those without a reason against them, and the reasons with those of pool and rules added."""
     available = {
@@ -116,28 +115,20 @@ async def _chosen(
         for host, answer in zip(candidates, found, strict=True)
         if host.name != source.name
     }
-    clear = {host.name for host, reasons in zip(candidates, against, strict=True) if not reasons}
-    if entrance is None:
-        fit = sorted(clear & available.keys(), key=lambda name: (-available[name], name))
-        chosen, added = (fit[0] if fit else ""), {}
-    else:
-        judge, demand = entrance.admission.judge, Demand.of(vm.spec)
-        leaving, lawless = entrance.leaving, options.ignore_rules
-        rest = {name: size for name, size in available.items() if name not in clear}
-        told = await judge(demand, rest, source.name, leaving, lawless, hold=False) if rest else None
-        judged = await judge(
-            demand,
-            {name: available[name] for name in sorted(clear & available.keys())},
-            source.name,
-            leaving,
-            lawless,
-            entrance.hold,
-        )
-        chosen, added = judged.chosen, {**(told.against if told else {}), **judged.against}
+    judged = await entrance.admission.judge(
+        Demand.of(vm.spec),
+        available,
+        source.name,
+        frozenset(host.name for host, reasons in zip(candidates, against, strict=True) if reasons),
+        entrance.leaving,
+        options.ignore_rules,
+        entrance.hold,
+    )
     merged = [
-        (*reasons, *added.get(host.name, ())) for host, reasons in zip(candidates, against, strict=True)
+        (*reasons, *judged.against.get(host.name, ()))
+        for host, reasons in zip(candidates, against, strict=True)
     ]
-    return next((host for host in candidates if host.name == chosen), None), merged
+    return next((host for host in candidates if host.name == judged.chosen), None), merged
 
 
 async def _source_facts(members: Members, vm: Vm) -> SourceFacts:
