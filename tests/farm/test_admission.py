@@ -8,7 +8,7 @@ import pytest
 from tests.farm.scripted_farm import MIB, Farm, farm
 
 from transhume.farm.rules import Rule, RuleKind
-from transhume.model.errors import Conflict, HostLost, NotFound, PreflightFailed, VmmError
+from transhume.model.errors import Conflict, HostLost, NotFound, PreflightFailed, Refused, VmmError
 from transhume.model.host import HostState
 from transhume.model.migration import MigrationOptions, Outcome, Phase
 from transhume.model.orders import DestinationFacts
@@ -90,6 +90,15 @@ async def test_a_named_host_needs_room_only_if_it_is_reserved() -> None:
             await vms.configure("web", (), (), True)
         assert not (await vms.configure("kept", (), (), False)).reserve
         assert (await f.controller.overview.view()).hosts[1].promised_bytes == 0
+
+
+async def test_a_vm_that_is_refused_takes_no_room() -> None:
+    async with farm("alpha", "beta") as f:
+        with pytest.raises(Refused, match="/missing"):
+            await f.controller.vms.create(spec("web", kernel="/missing"), "alpha", reserve=True)
+        with pytest.raises(Refused, match="asks for the farm's CPU baseline"):
+            await f.controller.vms.create(spec("web").model_copy(update={"cpu_model": "baseline"}), None)
+        assert [host.promised_bytes for host in (await f.controller.overview.view()).hosts] == [0, 0]
 
 
 async def test_a_vm_whose_owner_is_full_starts_elsewhere() -> None:

@@ -24,7 +24,7 @@ def add_baseline_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.get("/baseline")
     async def baseline() -> FarmBaseline:
-        return farm_baseline({host.name: host.inventory for host in await members.hosts()})
+        return farm_baseline(members.inventories())
 
     @router.post("/join/preview")
     async def preview_join(body: JoinPreviewRequest) -> JoinPreview:

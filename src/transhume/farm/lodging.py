@@ -9,7 +9,7 @@ from transhume.farm.members import Members
 from transhume.farm.placement import Choice
 from transhume.farm.pool import Demand
 from transhume.farm.rehome import Rehoming
-from transhume.model.errors import HostLost, PreflightFailed, Refused
+from transhume.model.errors import HostLost, PreflightFailed, Refused, TranshumeError
 from transhume.model.vm import Ownership, VmSpec
 
 
@@ -29,10 +29,13 @@ class Lodging:
             link = self._members.link(host)
             if reserve:
                 await self.demand_room(spec, host, labels)
-            else:
-                reasons = await self._admission.against_making(Demand.of(spec), host, labels)
-                _demand_none(f"VM {spec.name} cannot be made on {host}", reasons)
-            return host, await link.resolve_spec(spec)
+            elif reasons := await self._admission.against_making(Demand.of(spec), host, labels):
+                raise PreflightFailed(f"VM {spec.name} cannot be made on {host}", reasons)
+            try:
+                return host, await link.resolve_spec(spec)
+            except TranshumeError:
+                self._admission.let_go(spec.name, host)
+                raise
         excluded: dict[str, str] = {}
         while True:
             demand = Demand.of(spec)
@@ -80,8 +83,3 @@ class Lodging:
 
 def _no_host(message: str, choice: Choice) -> PreflightFailed:
     return PreflightFailed(message, choice.reasons or ("the farm has no other host",))
-
-
-def _demand_none(message: str, reasons: tuple[str, ...]) -> None:
-    if reasons:
-        raise PreflightFailed(message, reasons)

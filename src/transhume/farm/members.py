@@ -102,17 +102,9 @@ class Members:
         for kept in await self._records.hosts():
             self._hosts[kept.record.name] = kept.record
         known = self._hosts.get(self._own.name)
-        record = HostRecord(
-            name=self._own.name,
-            address=self._own.address,
-            port=self._own.port,
-            joined_at_s=known.joined_at_s if known else self._clock_s(),
-            certificates=known.certificates if known else (),
-            controller=True,
-        )
-        if known is not None:
-            kept_fields = ("inventory", "state", "reserve_memory_bytes", "cpu_overcommit", "labels")
-            record = record.model_copy(update={name: getattr(known, name) for name in kept_fields})
+        address, port = self._own.address, self._own.port
+        new = HostRecord(name=self._own.name, address=address, port=port, joined_at_s=self._clock_s())
+        record = (known or new).model_copy(update={"address": address, "port": port, "controller": True})
         if record != known:
             await self._records.store.transact(puts={host_key(record.name): encode(record)})
             self._hosts[record.name] = record
@@ -300,6 +292,10 @@ class Members:
     def names(self) -> list[str]:
         """All members that have reported at least once, in order."""
         return sorted(name for name in self._hosts if self._inventory(name) is not None)
+
+    def inventories(self) -> dict[str, HostInventory]:
+        """What each of those hosts has, by its name."""
+        return {name: self.host(name).inventory for name in self.names()}
 
     def host(self, name: str) -> HostStatus:
         """One member, its `vms` empty. `NotFound` for a stranger, `HostLost` for one that never reported."""

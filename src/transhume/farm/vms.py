@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from transhume.farm.admission import Admission
-from transhume.farm.baseline import BASELINE, with_baseline
+from transhume.farm.baseline import with_baseline
 from transhume.farm.lodging import Lodging
 from transhume.farm.members import Members
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
 from transhume.farm.rehome import Rehoming, VmLocks
-from transhume.model.errors import Conflict, NotFound, TranshumeError
+from transhume.model.errors import Conflict, NotFound, Refused, TranshumeError
 from transhume.model.vm import Ownership, Vm, VmSpec, VmState
 
 FIRST_EPOCH = 1
@@ -42,9 +42,11 @@ class Vms:
         if await self._records.vm(spec.name) is not None:
             raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
         host, resolved = await self.lodging.for_new(spec, host, labels, reserve)
-        if resolved.cpu_model == BASELINE:
-            inventories = {each.name: each.inventory for each in await self._members.hosts()}
-            resolved = with_baseline(resolved, inventories)
+        try:
+            resolved = with_baseline(resolved, self._members.inventories())
+        except Refused:
+            self._admission.let_go(spec.name, host)
+            raise
         record = VmRecord(spec=resolved, created_at_s=self._clock_s(), labels=labels, reserve=reserve)
         ownership = Ownership(owner=host, epoch=FIRST_EPOCH)
         keys = (vm_key(spec.name), ownership_key(spec.name))
