@@ -30,11 +30,6 @@ class FarmAuthority:
         self.certificate_pem = record.certificate_pem
         self.fingerprint = fingerprint(record.certificate_pem)
 
-    @property
-    def farm(self) -> str:
-        """The farm's id, by which its authority is told from another's."""
-        return self._record.farm
-
     @classmethod
     async def open(cls, records: FarmRecords, now_s: float) -> FarmAuthority:
         """The farm's authority; made if this farm is new. Raises `StoreError`."""

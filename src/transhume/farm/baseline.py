@@ -125,9 +125,8 @@ def with_baseline(spec: VmSpec, inventories: Inventories) -> VmSpec:
     farm = farm_baseline(inventories)
     if farm.untold:
         raise Refused(
-            f"VM {spec.name} asks for the farm's CPU baseline, and {', '.join(farm.untold)} did not "
-            f"tell which "
-            "CPUs it has; bring it to this release, or name a model with --cpu"
+            f"VM {spec.name} asks for the farm's CPU baseline, and {', '.join(farm.untold)} did not tell "
+            "which CPUs it has; bring it to this release, or name a model with --cpu"
         )
     base = farm.of(spec.accel)
     if base is None or not base.model:
@@ -145,8 +144,7 @@ def _joining_one(name: str, old: CpuBaseline, new: CpuBaseline) -> Finding:
         return warning(
             _CHECK,
             f"{name} has a CPU of another maker ({', '.join(new.vendors)}): a guest under KVM sees the "
-            f"maker, and "
-            "few survive a move between the two",
+            "maker, and few survive a move between the two",
             "keep VMs of the two kinds apart, or make another farm",
         )
     if not lost and old.model == new.model:

@@ -52,7 +52,6 @@ class Drains:
         self._records = records
         self._members = members
         self._migrations = migrations
-        self._admission = admission
         self._events = events
         self._clock_s = clock_s
         self._limits = limits

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from transhume.farm.drain_record import Drain, DrainOptions, DrainStep, StepKind, StepState
 from transhume.farm.placement import Packing, choose, place_all
@@ -144,8 +144,7 @@ def _place_stopped(
     packing.hosts.update(roomy.hosts)
     for demand in demands:
         if demand.vm in roomy.unplaced:
-            bare = replace(demand, memory_bytes=0, cpus=0)
-            choice = choose(pool, rules, (bare,), candidates, excluded)
+            choice = choose(pool, rules, (demand.at_rest(),), candidates, excluded)
             if choice.host:
                 packing.hosts[demand.vm] = choice.host
             else:

@@ -163,7 +163,7 @@ class DrainRound:
 
     async def _moving(self, drain: Drain, step: DrainStep) -> DrainStep | None:
         """The VM on its way, or what came of the try. None: it has to wait."""
-        leaving = frozenset(_leaving(drain))
+        leaving = frozenset(each.vm for each in drain.steps if not each.state.over)
         try:
             migration = await self._migrations.request(
                 step.vm, step.destination, self._options(drain), leaving
@@ -209,7 +209,7 @@ class DrainRound:
         leaving = {each.vm: each.source for each in drain.steps if not each.state.over}
         lawless = drain.options.migration.ignore_rules
         reasons: tuple[str, ...] = ("the farm has no other host",)
-        asked = demand if step.kind is StepKind.LIVE else _bare(demand)
+        asked = demand if step.kind is StepKind.LIVE else demand.at_rest()
         for candidates in wanted:
             if not candidates:
                 continue
@@ -237,15 +237,6 @@ def with_step(drain: Drain, step: DrainStep) -> Drain:
     """The record with this step in the place of the one of the same VM that was not over."""
     steps = tuple(step if each.vm == step.vm and not each.state.over else each for each in drain.steps)
     return drain.model_copy(update={"steps": steps})
-
-
-def _leaving(drain: Drain) -> list[str]:
-    return [step.vm for step in drain.steps if not step.state.over]
-
-
-def _bare(demand: Demand) -> Demand:
-    """A stopped VM needs no room: it finds some when it is started."""
-    return Demand(vm=demand.vm, memory_bytes=0, cpus=0, machine_type=demand.machine_type, kvm=demand.kvm)
 
 
 def _failed(step: DrainStep, reason: str) -> DrainStep:

@@ -29,9 +29,8 @@ def _judge_qemu(hosts: Sequence[HostStatus], name: str, candidate: HostInventory
     return warning(
         "farm-qemu",
         f"{name} has QEMU {candidate.qemu_version} and {', '.join(others)} {_have(others)} "
-        f"{' or '.join(version for version in versions if version != candidate.qemu_version)}: VMs do "
-        f"not move "
-        "between them",
+        f"{' or '.join(version for version in versions if version != candidate.qemu_version)}: VMs do not "
+        "move between them",
         "install the same version on all hosts",
     )
 

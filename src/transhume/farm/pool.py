@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, KeysView
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transhume.model.host import HostState
 from transhume.model.vm import Accel, VmSpec
@@ -48,6 +48,10 @@ class Demand:
             machine_type=spec.machine_type,
             kvm=spec.accel is Accel.KVM,
         )
+
+    def at_rest(self) -> Demand:
+        """What the VM asks while it is stopped: no room, for it finds some when it is started."""
+        return replace(self, memory_bytes=0, cpus=0)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from transhume.store.interface import ABSENT, Compare, Entry, Store
 
 
 class AuthorityRecord(BaseModel):
-    """The farm's authority: made with the farm, once."""
+    """The farm's authority: made with the farm, once. `farm` is the id by which it is told from another's."""
 
     model_config = ConfigDict(frozen=True)
 

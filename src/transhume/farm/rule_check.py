@@ -43,8 +43,7 @@ def warnings(book: RuleBook, rule: str, pool: Pool, demands: Mapping[str, Demand
         if allowed and needed_bytes > largest_bytes:
             told.append(
                 f"{', '.join(group)} would need {needed_bytes >> 20:,} MiB, and the largest host it may be "
-                f"on "
-                f"gives {largest_bytes >> 20:,} MiB"
+                f"on gives {largest_bytes >> 20:,} MiB"
             )
     return told
 
@@ -66,7 +65,7 @@ def _share(bound: Bound, groups: set[tuple[str, ...]]) -> bool:
 def _apart_and_together(book: RuleBook, group: tuple[str, ...]) -> list[str]:
     return [
         f"{' and '.join(both[:2])} must be on one host by affinity, and rule {bound.rule.name} keeps them "
-        f"apart"
+        "apart"
         for bound in _hard(book, RuleKind.ANTI_AFFINITY)
         if len(both := sorted(bound.vms & set(group))) > 1
     ]
@@ -120,6 +119,5 @@ def _too_many(
     among = {host for group in apart for host in choices[group]}
     return (
         f"rule {bound.rule.name} keeps {len(apart)} VMs apart, and the {len(among)} hosts that they may be "
-        f"on "
-        f"have room for {matched} such; `--prefer` keeps apart as many as can be"
+        f"on have room for {matched} such; `--prefer` keeps apart as many as can be"
     )
