@@ -66,6 +66,16 @@ def test_a_rule_that_does_not_fit_its_kind_is_refused() -> None:
     Rule.model_validate({"name": "r", "kind": "affinity", "vms": ["@db"]})
 
 
+@pytest.mark.parametrize("selector", ["", "@", "DB", "@@db", "db_1", "-db"])
+def test_what_could_be_no_name_and_no_label_is_refused(selector: str) -> None:
+    for given in (
+        {"kind": "affinity", "vms": ("a", selector)},
+        {"kind": "pin", "vms": ("a",), "hosts": (selector,)},
+    ):
+        with pytest.raises(ValidationError, match="pattern"):
+            Rule.model_validate({"name": "r", **given})
+
+
 def test_apart_and_together_contradict() -> None:
     book = RuleBook(
         [rule(TOGETHER, "a", "b", name="x"), rule(TOGETHER, "b", "c", name="y"), rule(APART, "a", "c")]

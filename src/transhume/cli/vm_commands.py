@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from transhume.cli.pool_commands import LabelOption, UnlabelOption
 from transhume.cli.quantities import parse_size_bytes, parse_time_s
 from transhume.cli.session import JsonFlag, Session, plain, say, say_json, session, words_of
 from transhume.cli.tables import show, vm_details, vms_table
@@ -51,7 +52,7 @@ def create(
     host: Annotated[
         str | None, typer.Option("--host", help="Who shall own it; default: where there is most room.")
     ] = None,
-    label: Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")] = None,
+    label: LabelOption = None,
     reserve: Annotated[
         bool, typer.Option("--reserve", help="Keep its share of its host while it is stopped too.")
     ] = False,
@@ -171,10 +172,8 @@ def _confirm(offer: Revival) -> None:
 def set_vm(
     context: typer.Context,
     name: NameArgument,
-    label: Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")] = None,
-    unlabel: Annotated[
-        list[str] | None, typer.Option("--unlabel", help="Take a label away. May repeat.")
-    ] = None,
+    label: LabelOption = None,
+    unlabel: UnlabelOption = None,
     reserve: Annotated[
         bool | None,
         typer.Option("--reserve/--no-reserve", help="Whether to keep its share while it is stopped too."),

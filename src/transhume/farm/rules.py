@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from transhume.farm.pool import Pool
 from transhume.model.vm import NAME_PATTERN
 
 SELECTOR_PATTERN = r"^@?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+"""A name, or a label behind an `@`: labels are written as names are."""
+
+Selector = Annotated[str, StringConstraints(pattern=SELECTOR_PATTERN)]
+
 MAX_SELECTORS = 200
 
 
@@ -44,8 +49,8 @@ class Rule(BaseModel):
 
     name: str = Field(pattern=NAME_PATTERN)
     kind: RuleKind
-    vms: tuple[str, ...] = Field(min_length=1, max_length=MAX_SELECTORS)
-    hosts: tuple[str, ...] = Field(default=(), max_length=MAX_SELECTORS)
+    vms: tuple[Selector, ...] = Field(min_length=1, max_length=MAX_SELECTORS)
+    hosts: tuple[Selector, ...] = Field(default=(), max_length=MAX_SELECTORS)
     preferred: bool = False
 
     @model_validator(mode="after")
