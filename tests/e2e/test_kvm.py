@@ -349,7 +349,8 @@ async def test_paging_under_kvm_is_verified_by_hash(hosts: Hosts) -> None:
     await hosts.boot()
     still = fill_still_pages(hosts.paths("alpha").directory)
     newest = await hosts.assert_sound("alpha")
-    update = await hosts.move("beta", mode=Mode.POST_COPY, verify=True)
+    # The pace leaves the guest time for its writes before the last page has come.
+    update = await hosts.move("beta", mode=Mode.POST_COPY, verify=True, bandwidth_bytes_s=1 << 20)
     assert update.outcome is Outcome.COMPLETED, update.error
     assert update.report is not None
     paging = update.report.paging

@@ -63,6 +63,12 @@ class ResumesWithoutAsking(FreeSource):
 
 
 class TakesNoAnswerForAnAbort(FreeSource):
+    table: ClassVar = changed(
+        SourceMachine.table,
+        (S.RESOLVING, ev.SwapUnknown, "_abort_unknown"),
+        (S.RESOLVING, ev.SwapRefused, "_abort_unknown"),
+    )
+
     def _abort_unknown(self, event: Event, now_s: float) -> Sequence[Command]:
         return self._abort_won(ev.SwapWon(), now_s)
 

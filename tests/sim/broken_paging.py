@@ -225,6 +225,12 @@ class GoesOnWithoutTheRegister(FreeSource):
 
 
 class TakesNoAnswerForARevival(FreeSource):
+    table: ClassVar = changed(
+        SourceMachine.table,
+        (S.REVIVING, ev.SwapUnknown, "_revive_unknown"),
+        (S.REVIVING, ev.SwapRefused, "_revive_unknown"),
+    )
+
     def _revive_unknown(self, event: Event, now_s: float) -> Sequence[Command]:
         return self._revive_won(event, now_s)
 

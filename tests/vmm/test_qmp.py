@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -141,6 +142,36 @@ async def test_a_peer_that_is_no_qemu_is_told(root: Path, greeting: bytes) -> No
     async with peer(root / "qmp.sock", greeting, hang_up=True):
         with pytest.raises(VmmError, match="did not answer as one should"):
             await Qmp.connect(root / "qmp.sock", deadline_s=5)
+
+
+async def test_a_connection_that_is_not_greeted_is_left_for_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transhume.vmm.qmp.GREETING_LIMIT_S", 0.05)
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        if connections > 1:
+            version = {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}
+            writer.write(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\n")
+            await reader.readuntil(b"}")
+            writer.write(b'{"return": {}}\n')
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        left.release()
+
+    left = asyncio.Semaphore(0)
+    server = await asyncio.start_unix_server(serve, root / "qmp.sock")
+    qmp = await Qmp.connect(root / "qmp.sock", deadline_s=20)
+    assert (qmp.version, connections) == ("7.2.22", 2)
+    await qmp.close()
+    for _ in range(connections):
+        await asyncio.wait_for(left.acquire(), 20)
+    server.close()
+    await server.wait_closed()
 
 
 async def test_a_peer_that_says_nothing_is_told(root: Path) -> None:

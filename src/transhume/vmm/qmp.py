@@ -26,6 +26,13 @@ from transhume.model.errors import TimedOut, VmmError
 
 RETRY_DELAY_S = 0.01
 
+GREETING_LIMIT_S = 3.0
+"""How long one connection may stay without a greeting before another is tried.
+
+A QEMU that starts hands its listening socket from its main thread to the monitor's. On a busy host one was
+seen that had taken a connection and never greeted it.
+"""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -111,19 +118,26 @@ class Qmp:
 
         Raises `VmmError` when the time is over or when the other end does not speak QMP.
         """
-        client = _Client(path.parent.name)
         give_up_s = time.monotonic() + deadline_s
-        connection = await _connected_socket(path, give_up_s)
-        try:
-            async with asyncio.timeout_at(_loop_time(give_up_s)):
-                await client.connect(connection)
-        except TimeoutError:
-            raise VmmError(
-                f"QEMU did not greet on {path} within {deadline_s:g} s: another client may hold this monitor"
-            ) from None
-        except ConnectError as error:
-            raise VmmError(f"QEMU's monitor at {path} did not answer as one should: {error.exc}") from error
-        return cls(client, path)
+        while True:
+            client = _Client(path.parent.name)
+            connection = await _connected_socket(path, give_up_s)
+            remaining_s = give_up_s - time.monotonic()
+            try:
+                async with asyncio.timeout(min(max(0.0, remaining_s), GREETING_LIMIT_S)):
+                    await client.connect(connection)
+                return cls(client, path)
+            except TimeoutError:
+                if remaining_s > GREETING_LIMIT_S:
+                    continue
+                raise VmmError(
+                    f"QEMU did not greet on {path} within {deadline_s:g} s: "
+                    "another client may hold this monitor"
+                ) from None
+            except ConnectError as error:
+                raise VmmError(
+                    f"QEMU's monitor at {path} did not answer as one should: {error.exc}"
+                ) from error
 
     @property
     def version(self) -> str:
@@ -221,8 +235,3 @@ async def _connected_socket(path: Path, give_up_s: float) -> socket.socket:
             raise
         else:
             return connection
-
-
-def _loop_time(monotonic_s: float) -> float:
-    loop_s = asyncio.get_running_loop().time()
-    return loop_s + max(0.0, monotonic_s - time.monotonic())

@@ -212,11 +212,11 @@ class Paging:
         self.serve()
 
     def close(self) -> None:
-        self.guest.child.process.kill()
         for each in self.links:
             each.cut()
         self.pager.stop()
         self.threads.join()
+        self.guest.child.process.kill()
         for each in self.links:
             each.close()
 
