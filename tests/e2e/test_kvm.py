@@ -277,7 +277,9 @@ async def test_a_vm_moves_there_and_back_under_kvm(
         assert update.runs_at == f"destination host {there}"
         assert update.report is not None
         assert update.report.downtime.total_ms > 0
-        assert update.report.iterations[0].wire_bytes < touched_bytes + (1 << 20), "nothing else travels"
+        sent = update.report.iterations[0]
+        # QEMU reports all of its passes as one, with the number of the last.
+        assert sent.wire_bytes < (touched_bytes + (1 << 20)) * (sent.index + 1), "nothing else travels"
         assert (update.report.downtime.verify_ms > 0) == (engine is Engine.TRANSHUME)
         assert hosts.register.held == Ownership(owner=there, epoch=epoch)
         newest = await hosts.assert_sound(there, newest)
