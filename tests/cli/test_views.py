@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from transhume.cli.farm_commands import split_address
-from transhume.cli.progress_line import bar, progress_line
-from transhume.cli.tables import (
-    bytes_in_words,
+from transhume.cli.migration_tables import (
     dry_run_report,
     migration_report,
-    ms_in_words,
+    paging_in_words,
     queued_in_words,
 )
+from transhume.cli.progress_line import bar, progress_line
+from transhume.cli.tables import bytes_in_words, ms_in_words
 from transhume.cli.vm_commands import parse_disk
 from transhume.host.config import DEFAULT_PORT
 from transhume.model.errors import Refused
@@ -163,6 +163,33 @@ def test_what_was_verified_after_the_resume_is_told_and_what_was_not(verified_pa
     assert "VERIFIED" not in printed(migration_report(record))
     options = MigrationOptions(mode=Mode.POST_COPY, verify=True)
     assert words in printed(migration_report(record.model_copy(update={"options": options})))
+
+
+def test_what_was_not_as_usual_while_pages_were_owed_is_told() -> None:
+    assert paging_in_words(PagingReport(owed_pages=9, faults=3)) == []
+    assert paging_in_words(
+        PagingReport(
+            link_losses=2,
+            link_lost_ms=3100,
+            interrupted_faults=4,
+            interrupted_ms=7000,
+            path="10.78.0.2",
+            sent_twice_bytes=8192,
+            safe_copy_error="the folder is full",
+            restored_pages=77,
+        )
+    ) == [
+        "the link was lost 2 times, for 3.1 s; 4 faults waited 7.0 s for it; it came back by 10.78.0.2",
+        "8.19 kB came twice, on demand and by the push",
+        "there was no safe copy: the folder is full",
+        "77 pages came from the safe copy, not from the source",
+    ]
+    assert paging_in_words(PagingReport(safe_copy_ms=420, safe_copy_pages=1200)) == [
+        "the safe copy had all 1200 pages 420 ms after the resume"
+    ]
+    assert paging_in_words(PagingReport(link_losses=1, link_lost_ms=12)) == [
+        "the link was lost once, for 12.0 ms; nobody waited for it"
+    ]
 
 
 def test_the_report_of_a_failure_says_why_and_where() -> None:

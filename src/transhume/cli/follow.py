@@ -16,9 +16,10 @@ from rich.live import Live
 from rich.text import Text
 
 from transhume.api.client import FarmClient
+from transhume.cli.migration_tables import migration_report, queued_in_words
 from transhume.cli.progress_line import progress_line
 from transhume.cli.session import plain, say_json
-from transhume.cli.tables import migration_report, queued_in_words, show
+from transhume.cli.tables import show
 from transhume.model.errors import HostLost, TranshumeError
 from transhume.model.migration import Migration, Outcome, Phase, Progress
 

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from transhume.api.client import FarmClient
 from transhume.cli.follow import follow, view_for, what_it_waits_for
+from transhume.cli.migration_tables import dry_run_report, migration_report, migrations_table
 from transhume.cli.quantities import parse_rate_bytes_s, parse_time_ms, parse_time_s
 from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
-from transhume.cli.tables import dry_run_report, migration_report, migrations_table, show
+from transhume.cli.tables import show
 from transhume.model.errors import Refused
 from transhume.model.migration import Engine, Migration, MigrationOptions, Mode, OnDeadline, Phase, Rest
 from transhume.model.orders import Adjustment, CancelReply

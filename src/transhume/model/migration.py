@@ -221,7 +221,9 @@ class PagingReport(BaseModel):
     A fault is a vCPU (or QEMU) that needed a page which had not come: its latency is the time from the
     kernel's notice to the page's placing; `round_trip_p50_us` is the part of it between the request for one
     page and its last byte. `latency_us_histogram` counts faults under each power of two of
-    microseconds. `waited_ms` sums up the latencies; `residual_ms` is the time during which the destination
+    microseconds. Faults that waited while the link was lost are counted apart: `interrupted_faults` of all
+    `faults`, which waited `interrupted_ms` together, are in no percentile and not in the histogram.
+    `waited_ms` sums up the latencies of all; `residual_ms` is the time during which the destination
     needed the source. `sent_twice_bytes` came once on demand and once in the background. `complete`: the
     destination itself has said that it lacks nothing. `link_lost_ms` is
     the time without a connection, `link_losses` how often that began, and `path` the destination's address
@@ -240,6 +242,8 @@ class PagingReport(BaseModel):
     complete: bool = False
     owed_pages: int = 0
     faults: int = 0
+    interrupted_faults: int = 0
+    interrupted_ms: float = 0.0
     fetched_pages: int = 0
     pushed_pages: int = 0
     zero_filled_pages: int = 0

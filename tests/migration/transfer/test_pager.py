@@ -359,6 +359,9 @@ def test_who_waits_when_the_link_is_lost_is_served_by_the_next(paging: Paging) -
     report = paging.pager.report()
     assert report.link_losses == 1
     assert report.link_lost_ms > 0
+    assert 1 <= report.interrupted_faults < report.faults
+    assert 0 < report.interrupted_ms < report.waited_ms
+    assert sum(report.latency_us_histogram.values()) == report.faults - report.interrupted_faults
 
 
 @pytest.mark.parametrize("seed", range(3))

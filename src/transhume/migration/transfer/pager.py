@@ -16,6 +16,7 @@ to this process, a missing page is waited for and never read as zeros.
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ class Pager:
         self._buffer_view = memoryview(self._buffer)
         self._buffer_address = _address_of(self._buffer)
         self._latencies_s: list[float] = []
+        self._interrupted_s: list[float] = []
         self._round_trips_s: list[float] = []
         self._owed_pages = 0
         self._fetched_pages = 0
@@ -87,6 +89,7 @@ class Pager:
         self._link_losses = 0
         self._link_lost_s = 0.0
         self._link_lost_since_s: float | None = None
+        self._link_back_s = -math.inf
         self._verified_pages = 0
         self._written_pages = 0
 
@@ -130,7 +133,8 @@ class Pager:
     def attach(self, channel: FrameChannel) -> None:
         """Ask for pages on this connection from now on; whoever waits already is asked for again."""
         if self._link_lost_since_s is not None:
-            self._link_lost_s += time.monotonic() - self._link_lost_since_s
+            self._link_back_s = time.monotonic()
+            self._link_lost_s += self._link_back_s - self._link_lost_since_s
             self._link_lost_since_s = None
         self._channel = channel
 
@@ -238,7 +242,7 @@ class Pager:
         else:
             self._insist(lambda: self._place_zero_pages(address, PAGE_BYTES), index, page)
         left_pages = self.missing.settle_page(index, page)
-        self._latencies_s.append(time.monotonic() - self._waiting.pop((index, page)))
+        self._note_latency((index, page), time.monotonic())
         if left_pages == 0:
             self._on_all_placed()
 
@@ -272,7 +276,13 @@ class Pager:
             key for key in self._waiting if self.missing.condition(*key) in (Condition.PLACED, Condition.FREE)
         ]
         for key in done:
-            self._latencies_s.append(now_s - self._waiting.pop(key))
+            self._note_latency(key, now_s)
+
+    def _note_latency(self, key: tuple[int, int], now_s: float) -> None:
+        """What waited for a lost link says nothing of how faults are served: it is noted apart."""
+        since_s = self._waiting.pop(key)
+        interrupted = self._link_lost_since_s is not None or since_s < self._link_back_s
+        (self._interrupted_s if interrupted else self._latencies_s).append(now_s - since_s)
 
     # --- pages that come -------------------------------------------------------------------------
 
@@ -395,7 +405,9 @@ class Pager:
         some = len(latencies_us) > 0
         return PagingReport(
             owed_pages=self._owed_pages,
-            faults=len(latencies_us),
+            faults=len(latencies_us) + len(self._interrupted_s),
+            interrupted_faults=len(self._interrupted_s),
+            interrupted_ms=sum(self._interrupted_s) * 1000,
             fetched_pages=self._fetched_pages,
             pushed_pages=self._pushed_pages,
             zero_filled_pages=self._zero_filled_pages,
@@ -404,7 +416,7 @@ class Pager:
             fault_max_us=float(latencies_us.max()) if some else 0.0,
             round_trip_p50_us=float(np.median(self._round_trips_s) * 1e6) if self._round_trips_s else 0.0,
             latency_us_histogram=histogram,
-            waited_ms=float(latencies_us.sum() / 1000),
+            waited_ms=float(latencies_us.sum() / 1000) + sum(self._interrupted_s) * 1000,
             sent_twice_bytes=self._sent_twice_bytes,
             restored_pages=self._restored_pages,
             link_losses=self._link_losses,
