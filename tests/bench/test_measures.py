@@ -50,7 +50,7 @@ def test_the_memory_of_a_process_and_of_one_that_is_gone(tmp_path: Path) -> None
 
 
 def _tick(at_s: float, work: int) -> Tick:
-    return Tick(at_s=at_s, seconds=0, writes=work, verified=0, corrupt=0, gap_us=0)
+    return Tick(at_s=at_s, seconds=0, writes=work, verified=0, corrupt=0, gap_us=0, memory_mib=0)
 
 
 def test_work_that_was_not_done_is_lost() -> None:

@@ -41,7 +41,7 @@ def test_a_guest_that_moves_in_the_middle_of_a_line_is_understood(tmp_path: Path
     with Observer([here, there]) as observer:
         append(here, b".\ntick seconds=1 writes=5 ver")
         observer.wait_for(beats(1), timeout_s=20)
-        append(there, b"ified=9 corrupt=0 gap_us=3\n.")
+        append(there, b"ified=9 corrupt=0 gap_us=3 memory_mib=200\n.")
         observer.wait_for(beats(2), timeout_s=20)
         assert [tick.verified for tick in observer.ask(Timeline.ticks)] == [9]
 
@@ -83,7 +83,9 @@ def test_a_wait_has_its_limit(tmp_path: Path) -> None:
 
 def test_full_verification_needs_more_than_what_was_counted_before(tmp_path: Path) -> None:
     log = tmp_path / "serial.log"
-    log.write_bytes(b"ready pages=10\ntick seconds=1 writes=0 verified=500 corrupt=0 gap_us=1\n.")
+    log.write_bytes(
+        b"ready pages=10\ntick seconds=1 writes=0 verified=500 corrupt=0 gap_us=1 memory_mib=200\n."
+    )
     with Observer([log]) as observer:
         observer.wait_for(beats(1), timeout_s=20)
         with pytest.raises(TimedOut):

@@ -22,7 +22,7 @@ from transhume.demo.serial_log import (
 
 CONSOLE = (
     b"[    2.1] Run /init as init process...\r\n\r\nready pages=2048\r\n....\r\n"
-    b"tick seconds=1 writes=200 verified=16400 corrupt=0 gap_us=731\r\n..\r\n"
+    b"tick seconds=1 writes=200 verified=16400 corrupt=0 gap_us=731 memory_mib=200\r\n..\r\n"
     b"CORRUPT page=17 expected=00ff found=00fe\r\n."
 )
 
@@ -43,7 +43,7 @@ def test_dots_and_lines_are_told_apart() -> None:
     assert dots == 7
     assert events == [
         Ready(0.0, 2048),
-        Tick(0.0, 1, 200, 16400, 0, 731),
+        Tick(0.0, 1, 200, 16400, 0, 731, 200),
         Corrupt(0.0, 17, "00ff", "00fe"),
     ]
 
@@ -110,7 +110,7 @@ def test_a_gap_is_never_longer_than_its_window(beats: list[float], start: float,
 
 
 def test_pages_are_counted_beyond_the_lines_that_were_printed() -> None:
-    timeline = Timeline(events=[Corrupt(1.0, 5, "a", "b"), Tick(2.0, 1, 0, 0, 900, 0)])
+    timeline = Timeline(events=[Corrupt(1.0, 5, "a", "b"), Tick(2.0, 1, 0, 0, 900, 0, 200)])
     assert timeline.corrupt_pages() == 900
     assert Timeline(events=[Corrupt(1.0, 5, "a", "b")]).corrupt_pages() == 1
     assert Timeline().corrupt_pages() == 0

@@ -101,6 +101,48 @@ async def test_a_vm_that_is_refused_takes_no_room() -> None:
         assert [host.promised_bytes for host in (await f.controller.overview.view()).hosts] == [0, 0]
 
 
+async def test_a_vm_grows_while_there_is_room_for_it() -> None:
+    async with farm("alpha", "beta") as f:
+        vms = f.controller.vms
+        await vms.create(spec("web", 1024).model_copy(update={"max_memory_bytes": 16384 * MIB}), "alpha")
+        await vms.set_memory("web", 2048 * MIB)
+        await vms.start("web")
+        assert f.hosts["alpha"].specs["web"].memory_bytes == 2048 * MIB
+        assert (await vms.set_memory("web", 4096 * MIB)).spec.memory_bytes == 4096 * MIB
+        assert f.hosts["alpha"].specs["web"].added_bytes == (2048 * MIB,)
+        assert (await f.controller.overview.view()).hosts[0].promised_bytes >> 20 == 4288
+        with pytest.raises(PreflightFailed, match="alpha has no room for so large a VM web"):
+            await vms.set_memory("web", 8192 * MIB)
+        with pytest.raises(Refused, match="may have 16384 MiB at most"):
+            await vms.set_memory("web", 32768 * MIB)
+        with pytest.raises(Refused, match="stop it first"):
+            await vms.set_memory("web", 2048 * MIB)
+        assert (await vms.show("web")).spec.memory_bytes == 4096 * MIB
+        await vms.kill("web")
+        assert (await vms.set_memory("web", 512 * MIB)).spec.memory_bytes == 512 * MIB
+        await vms.start("web")
+        assert not f.hosts["alpha"].specs["web"].added_bytes
+
+
+async def test_a_host_that_does_not_give_the_memory_promises_no_more_than_it_did() -> None:
+    async with farm("alpha") as f:
+        vms = f.controller.vms
+        await vms.create(spec("web", 1024).model_copy(update={"max_memory_bytes": 8192 * MIB}), "alpha")
+        await vms.start("web")
+        f.hosts["alpha"].failures["grow_vm"] = VmmError("QEMU refused device_add")
+        with pytest.raises(VmmError):
+            await vms.set_memory("web", 2048 * MIB)
+        assert (await vms.show("web")).spec.memory_bytes == 1024 * MIB
+        # Whether a host that is gone has given it nobody knows: the larger share counts until it is asked.
+        f.hosts["alpha"].failures["grow_vm"] = HostLost("alpha does not answer")
+        with pytest.raises(HostLost):
+            await vms.set_memory("web", 2048 * MIB)
+        assert (await vms.show("web")).spec.memory_bytes == 2048 * MIB
+        del f.hosts["alpha"].failures["grow_vm"]
+        await vms.set_memory("web", 2048 * MIB)
+        assert f.hosts["alpha"].specs["web"].memory_bytes == 2048 * MIB
+
+
 async def test_a_vm_whose_owner_is_full_starts_elsewhere() -> None:
     async with farm(*HOSTS) as f:
         await made(f, "web", 4096, "alpha")

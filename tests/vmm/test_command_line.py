@@ -57,9 +57,14 @@ def test_qemu_gets_no_more_than_it_needs() -> None:
 
 def test_ram_is_a_shared_file_that_qemu_inherits() -> None:
     command = build_command(spec(), HERE, [5], incoming=False)
-    assert values(command, "-object") == [
-        f"memory-backend-file,id=ram0,size={(64 << 20) - TCG_TRIM_BYTES},share=on,mem-path=/proc/self/fd/5"
-    ]
+    (backend,) = values(command, "-object")
+    assert json.loads(backend) == {
+        "qom-type": "memory-backend-file",
+        "id": "ram0",
+        "size": (64 << 20) - TCG_TRIM_BYTES,
+        "share": True,
+        "mem-path": "/proc/self/fd/5",
+    }
     assert values(command, "-m") == [f"size={((64 << 20) - TCG_TRIM_BYTES) >> 10}K"]
     assert values(command, "-machine")[0].endswith(",memory-backend=ram0")
     assert values(command, "-numa") == []
@@ -73,6 +78,50 @@ def test_each_numa_node_has_a_block_and_its_share_of_the_cpus() -> None:
         "node,nodeid=2,memdev=ram2",
     ]
     assert "memory-backend=" not in values(command, "-machine")[0]
+
+
+def test_what_was_added_is_there_from_the_start_at_the_other_end() -> None:
+    grown = spec(max_memory_bytes=1 << 30).with_added(128 << 20).with_added(256 << 20)
+    command = build_command(grown, HERE, [3, 4, 5], incoming=True)
+    backends = [json.loads(value) for value in values(command, "-object")]
+    assert [each["size"] for each in backends] == [(64 << 20) - TCG_TRIM_BYTES, 128 << 20, 256 << 20]
+    assert values(command, "-m") == [
+        f"size={((64 << 20) - TCG_TRIM_BYTES) >> 10}K,slots=16,maxmem={1 << 20}K"
+    ]
+    assert values(command, "-numa") == ["node,nodeid=0,memdev=ram0,cpus=0-1"]
+    modules = [json.loads(value) for value in values(command, "-device")]
+    assert [(each["id"], each["memdev"], each["slot"]) for each in modules] == [
+        ("dimm0", "ram1", 0),
+        ("dimm1", "ram2", 1),
+    ]
+    assert values(build_command(grown.anew(), HERE, [3], incoming=False), "-device") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "more_mib", "words"),
+    [
+        ({}, 128, "it was made without room to grow"),
+        ({"max_memory_bytes": 1 << 30}, 100, "must be a multiple of 128 MiB"),
+        ({"max_memory_bytes": 1 << 30}, 1024, "it has 64 MiB and may have 1024 MiB at most"),
+        ({"max_memory_bytes": 1 << 40, "added_bytes": (1 << 20,) * 16}, 128, "16 times already"),
+    ],
+)
+def test_what_cannot_be_added_is_refused(changes: dict[str, object], more_mib: int, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        spec(**changes).with_added(more_mib << 20)
+
+
+def test_a_vm_that_is_stopped_takes_any_size_and_one_that_runs_only_grows() -> None:
+    room = spec(max_memory_bytes=512 << 20)
+    assert room.resized(32 << 20, running=False).memory_bytes == 32 << 20
+    assert room.resized(1 << 30, running=False).max_memory_bytes == 1 << 30
+    assert spec().resized(1 << 30, running=False).max_memory_bytes == 0
+    assert room.resized(192 << 20, running=True) == room.model_copy(update={"memory_bytes": 192 << 20})
+    assert room.resized(64 << 20, running=True) == room
+    with pytest.raises(Refused, match="memory is not taken from a VM that runs"):
+        room.resized(32 << 20, running=True)
+    with pytest.raises(Refused, match="less than 16 MiB"):
+        room.resized(1 << 20, running=False)
 
 
 @given(mib=st.integers(16, 1 << 20), nodes=st.integers(1, 8), accel=st.sampled_from([Accel.KVM, Accel.TCG]))

@@ -59,6 +59,9 @@ class HostClient:
     async def start_vm(self, spec: VmSpec) -> None:
         await self._calls.send("POST", "/start-vm", spec, timeout_s=START_TIMEOUT_S)
 
+    async def grow_vm(self, name: str, memory_bytes: int) -> None:
+        await self._calls.send("POST", f"/vms/{name}/grow", {"memory_bytes": memory_bytes})
+
     async def stop_vm(self, name: str, timeout_s: float) -> None:
         await self._calls.send(
             "POST", f"/vms/{name}/stop", {"timeout_s": timeout_s}, timeout_s=timeout_s + 15

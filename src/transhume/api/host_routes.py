@@ -8,6 +8,7 @@ from fastapi.responses import Response
 from transhume import __version__
 from transhume.api.console import serve_console
 from transhume.api.schemas import (
+    GrowVmRequest,
     Lines,
     LogText,
     MigrationId,
@@ -65,6 +66,10 @@ def _add_vm_routes(router: APIRouter, host: HostLink) -> None:
     @router.post("/start-vm", status_code=204)
     async def start_vm(spec: VmSpec) -> None:
         await host.start_vm(spec)
+
+    @router.post("/vms/{name}/grow", status_code=204)
+    async def grow_vm(name: Name, body: GrowVmRequest) -> None:
+        await host.grow_vm(name, body.memory_bytes)
 
     @router.post("/vms/{name}/stop", status_code=204)
     async def stop_vm(name: Name, body: StopVmRequest) -> None:

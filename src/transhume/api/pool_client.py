@@ -58,6 +58,11 @@ class PoolClient:
         body = {"add_labels": add_labels, "remove_labels": remove_labels, "reserve": reserve}
         return await self._calls.ask("POST", f"/v1/vms/{part(name)}/settings", Vm, body)
 
+    async def set_vm_memory(self, name: str, memory_bytes: int) -> Vm:
+        """All the RAM that a VM shall have. While it runs it can only grow, up to what it was made for."""
+        body = {"memory_bytes": memory_bytes}
+        return await self._calls.ask("POST", f"/v1/vms/{part(name)}/memory", Vm, body)
+
     async def rules(self) -> list[RuleView]:
         return await self._calls.ask("GET", "/v1/rules", _RULES)
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from transhume.api.schemas import (
     DrainRequest,
     FarmSettingsRequest,
+    GrowVmRequest,
     HostSettingsRequest,
     Name,
     UndrainRequest,
@@ -47,6 +48,11 @@ def _add_settings_routes(router: APIRouter, controller: Controller) -> None:
     @router.post("/vms/{name}/settings")
     async def set_vm(name: Name, body: VmSettingsRequest) -> Vm:
         return await controller.vms.configure(name, body.add_labels, body.remove_labels, body.reserve)
+
+    @router.post("/vms/{name}/memory")
+    async def grow_vm(name: Name, body: GrowVmRequest) -> Vm:
+        """While it runs it can only grow, up to what it was made for."""
+        return await controller.vms.set_memory(name, body.memory_bytes)
 
 
 def _add_rule_routes(router: APIRouter, controller: Controller) -> None:

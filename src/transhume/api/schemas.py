@@ -121,6 +121,12 @@ class UndrainRequest(Body):
     options: DrainOptions = DrainOptions()
 
 
+class GrowVmRequest(Body):
+    """All the RAM that the VM shall have."""
+
+    memory_bytes: int = Field(gt=0, multiple_of=1 << 20)
+
+
 class StopVmRequest(Body):
     timeout_s: TimeoutS = 60.0
 

@@ -99,7 +99,8 @@ def vm_details(vm: Vm) -> Table:
         "VM": spec.name,
         "state": vm.state.value,
         "host": f"{vm.ownership.owner} (epoch {vm.ownership.epoch})",
-        "memory": f"{spec.memory_bytes // _MIB} MiB in {spec.numa_nodes} block(s)",
+        "memory": f"{spec.memory_bytes // _MIB} MiB in {spec.numa_nodes} block(s)"
+        + (f", at most {spec.max_memory_bytes // _MIB} MiB" if spec.max_memory_bytes else ""),
         "cpus": str(spec.cpus),
         "machine": f"{spec.machine_type}, {spec.accel.value}, cpu {spec.cpu_model}",
         "kernel": spec.kernel,

@@ -27,6 +27,9 @@ def create(
     context: typer.Context,
     name: NameArgument,
     memory: Annotated[str, typer.Option("--memory", help="Its RAM, such as 512M or 1G (powers of 1024).")],
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="How far its RAM may grow while it runs.")
+    ] = None,
     cpus: Annotated[int, typer.Option("--cpus", help="Its vCPUs.")] = 1,
     numa_nodes: Annotated[
         int, typer.Option("--numa-nodes", help="How many blocks its RAM is split into.")
@@ -63,6 +66,7 @@ def create(
         spec = VmSpec(
             name=name,
             memory_bytes=parse_size_bytes(memory),
+            max_memory_bytes=parse_size_bytes(max_memory) if max_memory else 0,
             cpus=cpus,
             numa_nodes=numa_nodes,
             kernel=_absolute(kernel),
@@ -178,16 +182,28 @@ def set_vm(
         bool | None,
         typer.Option("--reserve/--no-reserve", help="Whether to keep its share while it is stopped too."),
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="All of its RAM. While it runs it can grow up to its --max-memory."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Set a VM's labels, and whether its share is kept for it."""
+    """Set a VM's RAM, its labels, and whether its share is kept for it."""
     current = session(context, as_json)
     add, remove = tuple(label or ()), tuple(unlabel or ())
-    if not add and not remove and reserve is None:
-        raise Refused("say what to set: --label, --unlabel, --reserve or --no-reserve")
+    if not add and not remove and reserve is None and memory is None:
+        raise Refused("say what to set: --memory, --label, --unlabel, --reserve or --no-reserve")
+    if memory is not None:
+        memory_bytes = parse_size_bytes(memory)
+        current.call(lambda client: client.pool.set_vm_memory(name, memory_bytes))
     vm = current.call(lambda client: client.pool.set_vm(name, add, remove, reserve))
     kept = "its share is kept for it" if vm.reserve else "it has a share while it runs"
-    _tell(current, vm, f"VM {name} has the labels {', '.join(vm.labels) or '-'}; {kept}")
+    _tell(current, vm, f"VM {name} has {_size_of(vm)} and the labels {', '.join(vm.labels) or '-'}; {kept}")
+
+
+def _size_of(vm: Vm) -> str:
+    most = f" (at most {vm.spec.max_memory_bytes >> 20})" if vm.spec.max_memory_bytes else ""
+    return f"{vm.spec.memory_bytes >> 20} MiB{most}"
 
 
 @app.command("delete")

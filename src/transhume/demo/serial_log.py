@@ -40,6 +40,7 @@ class Tick:
     verified: int
     corrupt: int
     gap_us: int
+    memory_mib: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _events_of_line(line: bytes, at_s: float) -> list[Event]:
             case "ready":
                 return [Ready(at_s, int(words["pages"]))]
             case "tick":
-                names = ("seconds", "writes", "verified", "corrupt", "gap_us")
+                names = ("seconds", "writes", "verified", "corrupt", "gap_us", "memory_mib")
                 return [Tick(at_s, *(int(words[name]) for name in names))]
             case "CORRUPT":
                 return [Corrupt(at_s, int(words["page"]), words["expected"], words["found"])]

@@ -42,6 +42,13 @@ class HostLink(Protocol):
         """Start QEMU and the guest. Raises `Conflict` when it runs, `VmmError` when QEMU dies."""
         ...
 
+    async def grow_vm(self, name: str, memory_bytes: int) -> None:
+        """Give a VM that runs RAM up to so much in all; it does nothing when the VM has that.
+
+        Raises `Conflict` when it does not run or moves, `Refused` when it cannot have it, `VmmError`.
+        """
+        ...
+
     async def stop_vm(self, name: str, timeout_s: float) -> None:
         """Ask the guest to power down and wait; `TimedOut` leaves it running."""
         ...

@@ -74,6 +74,12 @@ class Lodging:
                 excluded[choice.host] = "; ".join(reasons)
                 self._admission.let_go(spec.name, choice.host)
 
+    async def demand_more(self, demand: Demand, host: str) -> None:
+        """Hold a larger share for a VM that `host` has already. Raises `PreflightFailed` as `demand_room`."""
+        choice = await self._admission.place(demand, [host], leaving={demand.vm: host}, ignore_rules=True)
+        if not choice.host:
+            raise _no_host(f"host {host} has no room for so large a VM {demand.vm}", choice)
+
     async def demand_room(self, spec: VmSpec, host: str, labels: tuple[str, ...] = ()) -> None:
         """Hold a share on `host`. Raises `PreflightFailed` with the numbers when it has none left."""
         choice = await self._admission.place(Demand.of(spec), [host], labels=labels)

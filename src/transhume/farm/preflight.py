@@ -28,6 +28,8 @@ def source_reasons(
         )
     if options.engine is Engine.TRANSHUME:
         reasons += _own_engine_reasons(source, facts)
+    else:
+        reasons += _native_engine_reasons(facts)
     reasons += facts.qemu_obstacles
     return tuple(reasons)
 
@@ -88,6 +90,16 @@ def _own_engine_reasons(source: HostStatus, facts: SourceFacts) -> list[str]:
     ]
     reasons += [f"host {source.name}: {obstacle}" for obstacle in source.inventory.tracking_obstacles]
     return reasons
+
+
+def _native_engine_reasons(facts: SourceFacts) -> list[str]:
+    """Under TCG, QEMU up to 8.2 loses pages of RAM blocks of round sizes: see docs/decisions/0009."""
+    if facts.spec.accel is not Accel.TCG or not facts.spec.added_bytes:
+        return []
+    return [
+        f"VM {facts.spec.name} was given memory while it ran, and QEMU's own engine may lose pages of it "
+        "under TCG; use --engine transhume, or stop and start the VM"
+    ]
 
 
 def _memory_reasons(vm: Vm, destination: HostStatus, found: DestinationFacts) -> list[str]:

@@ -9,9 +9,10 @@ from transhume.farm.admission import Admission
 from transhume.farm.baseline import with_baseline
 from transhume.farm.lodging import Lodging
 from transhume.farm.members import Members
+from transhume.farm.pool import Demand
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
 from transhume.farm.rehome import Rehoming, VmLocks
-from transhume.model.errors import Conflict, NotFound, Refused, TranshumeError
+from transhume.model.errors import Conflict, HostLost, NotFound, Refused, TranshumeError
 from transhume.model.vm import Ownership, Vm, VmSpec, VmState
 
 FIRST_EPOCH = 1
@@ -93,6 +94,40 @@ class Vms:
             puts = {kept.key: encode(record)}
             if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
                 return self._view(record, ownership)
+
+    async def set_memory(self, name: str, memory_bytes: int) -> Vm:
+        """Give a VM another size: at once while it runs, when it can only grow, else from its next start on.
+
+        Raises `Conflict` when it moves, `Refused` when it cannot have that size and `PreflightFailed` when
+        its host has no room; it is as it was then. After `HostLost` the host may have given it or not: asking
+        again settles it.
+        """
+        async with self.locks.of(name):
+            kept, ownership = await self._resting(name)
+            spec = kept.record.spec
+            running = self._members.vm_state(ownership.owner, name) is not VmState.STOPPED
+            grown = spec.resized(memory_bytes, running)
+            demand = Demand.of(grown)
+            if grown.memory_bytes > spec.memory_bytes and (running or kept.record.reserve):
+                await self.lodging.demand_more(demand, ownership.owner)
+            # The record first: a share is promised before it is used, whatever dies in between.
+            kept = await self._replace(kept, kept.record.model_copy(update={"spec": grown}))
+            if running:
+                try:
+                    await self._members.link(ownership.owner).grow_vm(name, memory_bytes)
+                except HostLost:
+                    raise
+                except TranshumeError:
+                    await self._replace(kept, kept.record.model_copy(update={"spec": spec}))
+                    raise
+            return self._view(kept.record, ownership)
+
+    async def _replace(self, kept: Kept[VmRecord], record: VmRecord) -> Kept[VmRecord]:
+        done = await self._records.store.transact(compares=[kept.unchanged], puts={kept.key: encode(record)})
+        found = await self._records.vm(record.spec.name)
+        if done is None or found is None:
+            raise Conflict(f"VM {record.spec.name} was changed meanwhile; look at it and try again")
+        return found
 
     async def start(self, name: str, ignore_rules: bool = False) -> Vm:
         """Start the VM on its owner; where that has no room for it, on another host, which owns it then.

@@ -33,6 +33,7 @@ from transhume.model.orders import (
     SourceFacts,
 )
 from transhume.model.vm import Accel, VmSpec, VmState
+from transhume.vmm.added_memory import settle_memory
 from transhume.vmm.capabilities import cpu_flags, memory
 from transhume.vmm.command_line import ram_blocks
 from transhume.vmm.inspect import access_obstacle, find_obstacles
@@ -49,6 +50,7 @@ class HostService:
         self._consoles = Consoles()
         self._cost = SwitchoverCost(config.state_dir / "switchover.json")
         self._movers = Movers(config.migrations_dir, link, self._learn)
+        self._growing: set[str] = set()
 
     def recover(self) -> None:
         """Take up what an earlier daemon left. Call once, when the controller can be reached or not."""
@@ -97,6 +99,8 @@ class HostService:
             return SourceFacts(state=VmState.STOPPED, spec=spec)
         try:
             monitor = await self._vms.monitor(vm)
+            if spec.max_memory_bytes and self._movers.of_vm(vm) is None and vm not in self._growing:
+                spec = await settle_memory(monitor, self._vms.paths(vm), spec)
             obstacles = await find_obstacles(monitor, process.pid)
             return SourceFacts(
                 state=await monitor.state(),
@@ -139,6 +143,16 @@ class HostService:
         if self._movers.of_vm(spec.name) is not None:
             raise Conflict(f"VM {spec.name} is being moved")
         await self._vms.start(spec)
+
+    async def grow_vm(self, name: str, memory_bytes: int) -> None:
+        if self._movers.of_vm(name) is not None or name in self._growing:
+            raise Conflict(f"VM {name} is being moved or given memory: wait for it, and ask again")
+        # A mover that begins meanwhile would not know of the new block.
+        self._growing.add(name)
+        try:
+            await self._vms.grow(name, memory_bytes)
+        finally:
+            self._growing.discard(name)
 
     async def stop_vm(self, name: str, timeout_s: float) -> None:
         await self._vms.stop(name, timeout_s)
@@ -208,6 +222,8 @@ class HostService:
         if process is None:
             raise Conflict(f"VM {vm} does not run on host {self.config.name}")
         process.close()
+        if vm in self._growing:
+            raise Conflict(f"VM {vm} is being given memory; move it afterwards")
         spec = self._vms.spec(vm)
         self._movers.start_source(
             MoverJob(

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from transhume.model.errors import Conflict, NotFound, TimedOut, VmmError
+from transhume.model.errors import Conflict, NotFound, Refused, TimedOut, VmmError
 from transhume.model.vm import VmSpec, VmState
+from transhume.vmm.added_memory import add_memory, settle_memory
 from transhume.vmm.launch import launch
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.paths import VmPaths
@@ -54,6 +55,29 @@ class LocalVms:
             launched = await launch(spec, self.paths(spec.name), vm_user=self._vm_user)
             self._remember(spec.name, launched.process.pid, launched.monitor)
             launched.process.close()
+
+    async def grow(self, name: str, memory_bytes: int) -> None:
+        """Give a VM that runs RAM up to `memory_bytes` in all. Does nothing when it has that.
+
+        Raises `Conflict` when it does not run here, `Refused` when it cannot have it, `VmmError` when QEMU
+        refuses; it has what it had then.
+        """
+        process = self.process(name)
+        if process is None:
+            raise Conflict(f"VM {name} does not run on this host")
+        try:
+            monitor = await self.monitor(name)
+            spec = await settle_memory(monitor, self.paths(name), self.spec(name))
+            more_bytes = memory_bytes - spec.memory_bytes
+            if more_bytes < 0:
+                raise Refused(
+                    f"VM {name} has {spec.memory_bytes >> 20} MiB, and memory is not taken from a VM that "
+                    "runs: stop it first"
+                )
+            if more_bytes:
+                await add_memory(monitor, process.pid, self.paths(name), spec, more_bytes)
+        finally:
+            process.close()
 
     async def stop(self, name: str, timeout_s: float) -> None:
         """Press the power button and wait until QEMU has ended; `TimedOut` leaves the VM running."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from transhume.model.errors import Refused
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 """Names of hosts and VMs are DNS labels: safe in paths, host names and URLs."""
@@ -28,6 +31,14 @@ class Accel(StrEnum):
     TCG = "tcg"
 
 
+LEAST_MEMORY_BYTES = 16 << 20
+
+ADDED_MEMORY_GRAIN_BYTES = 128 << 20
+"""Linux guests take memory that is added while they run in blocks of this size, each whole."""
+
+ADDITIONS_MAX = 16
+
+
 class Disk(BaseModel):
     """One virtual disk: an image file that every host reaches under the same path."""
 
@@ -42,16 +53,19 @@ class Disk(BaseModel):
 class VmSpec(BaseModel):
     """What the owner of a VM asked for. Enough to build the same VM on any host.
 
-    `memory_bytes` is split evenly into `numa_nodes` RAM blocks. `machine_type` is a versioned QEMU
-    machine (`pc-q35-7.2`), never an alias, so that both ends of a migration build the same one; empty
-    means that the first start fills it in. `accel` likewise.
+    `memory_bytes` is all of its RAM; what it started with is split evenly into `numa_nodes` RAM blocks, and
+    each of `added_bytes` is one more, added while it ran. It can grow up to `max_memory_bytes` (0: it
+    cannot). `machine_type` is a versioned QEMU machine (`pc-q35-7.2`), never an alias, so that both ends of
+    a migration build the same one; empty means that the first start fills it in. `accel` likewise.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(pattern=NAME_PATTERN)
-    memory_bytes: int = Field(ge=16 << 20, multiple_of=1 << 20)
+    memory_bytes: int = Field(ge=LEAST_MEMORY_BYTES, multiple_of=1 << 20)
     cpus: int = Field(ge=1, le=255)
+    max_memory_bytes: int = Field(default=0, ge=0, multiple_of=1 << 20)
+    added_bytes: tuple[int, ...] = Field(default=(), max_length=ADDITIONS_MAX)
     numa_nodes: int = Field(default=1, ge=1, le=8)
     kernel: str = ""
     initrd: str = ""
@@ -61,6 +75,67 @@ class VmSpec(BaseModel):
     accel: Accel = Accel.AUTO
     machine_type: str = ""
     cpu_model: str = ""
+
+    @model_validator(mode="after")
+    def _room_for_all(self) -> Self:
+        if self.max_memory_bytes and self.max_memory_bytes < self.memory_bytes:
+            raise ValueError(
+                f"its RAM of {self.memory_bytes >> 20} MiB is more than it may have at most, which is "
+                f"{self.max_memory_bytes >> 20} MiB: raise the latter, or leave it out"
+            )
+        return self
+
+    @property
+    def first_memory_bytes(self) -> int:
+        """The RAM with which QEMU was started."""
+        return self.memory_bytes - sum(self.added_bytes)
+
+    def anew(self) -> VmSpec:
+        """The same VM as the next start makes it: all of its RAM is there from the beginning."""
+        return self.model_copy(update={"added_bytes": ()})
+
+    def resized(self, memory_bytes: int, running: bool) -> VmSpec:
+        """The same VM with another size, as the farm keeps it. Raises `Refused` when it cannot have that.
+
+        One that runs can only grow.
+        """
+        more_bytes = memory_bytes - self.memory_bytes
+        if running and more_bytes < 0:
+            raise Refused(
+                f"VM {self.name} has {self.memory_bytes >> 20} MiB, and memory is not taken from a VM that "
+                "runs: stop it first"
+            )
+        if running and more_bytes:
+            return self.with_added(more_bytes).anew()
+        if memory_bytes < LEAST_MEMORY_BYTES:
+            raise Refused(f"VM {self.name} cannot have less than {LEAST_MEMORY_BYTES >> 20} MiB")
+        most_bytes = max(memory_bytes, self.max_memory_bytes) if self.max_memory_bytes else 0
+        return self.model_copy(update={"memory_bytes": memory_bytes, "max_memory_bytes": most_bytes})
+
+    def with_added(self, size_bytes: int) -> VmSpec:
+        """The same VM with one RAM block more. Raises `Refused` when it cannot have it."""
+        obstacle = self._obstacle_to_adding(size_bytes)
+        if obstacle:
+            raise Refused(f"VM {self.name} cannot be given {size_bytes >> 20} MiB more: {obstacle}")
+        return self.model_copy(
+            update={
+                "memory_bytes": self.memory_bytes + size_bytes,
+                "added_bytes": (*self.added_bytes, size_bytes),
+            }
+        )
+
+    def _obstacle_to_adding(self, size_bytes: int) -> str:
+        if size_bytes <= 0 or size_bytes % ADDED_MEMORY_GRAIN_BYTES:
+            return f"what is added must be a multiple of {ADDED_MEMORY_GRAIN_BYTES >> 20} MiB"
+        if not self.max_memory_bytes:
+            return "it was made without room to grow; stop it and set the size, or make it with --max-memory"
+        if self.memory_bytes + size_bytes > self.max_memory_bytes:
+            return (
+                f"it has {self.memory_bytes >> 20} MiB and may have {self.max_memory_bytes >> 20} MiB at most"
+            )
+        if len(self.added_bytes) == ADDITIONS_MAX:
+            return f"it was given more {ADDITIONS_MAX} times already; stop and start it first"
+        return ""
 
 
 class RamBlock(BaseModel):

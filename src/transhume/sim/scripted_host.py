@@ -91,6 +91,14 @@ class ScriptedHost:
         self.specs[spec.name] = spec
         self.states[spec.name] = VmState.RUNNING
 
+    async def grow_vm(self, name: str, memory_bytes: int) -> None:
+        await self._step("grow_vm")
+        if self.states.get(name) is not VmState.RUNNING:
+            raise Conflict(f"VM {name} does not run on this host")
+        spec = self.specs[name]
+        if memory_bytes != spec.memory_bytes:
+            self.specs[name] = spec.with_added(memory_bytes - spec.memory_bytes)
+
     async def stop_vm(self, name: str, timeout_s: float) -> None:
         await self._step("stop_vm")
         self.states[name] = VmState.STOPPED

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from transhume.model.errors import Refused
-from transhume.model.vm import Accel, Disk, Display, RamBlock, VmSpec
+from transhume.model.vm import ADDITIONS_MAX, Accel, Disk, Display, RamBlock, VmSpec
 from transhume.vmm.paths import VmPaths
 
 DEFAULT_BINARY = "qemu-system-x86_64"
@@ -45,16 +46,38 @@ _UUID_SPACE = uuid.UUID("6d0c1a1e-53bb-4d8a-9d0a-3f0f4a1c7f7e")
 
 
 def ram_blocks(spec: VmSpec) -> tuple[RamBlock, ...]:
-    """The RAM blocks of a VM whose accelerator is known: `numa_nodes` of them.
+    """The RAM blocks of a VM whose accelerator is known: `numa_nodes` of them, and what was added.
 
-    They have whole MiB (the first ones may have one more), less `TCG_TRIM_BYTES` under TCG.
+    The first have whole MiB (some may have one more), less `TCG_TRIM_BYTES` under TCG. What was added keeps
+    its size: a guest takes nothing of a block that is not whole.
     """
-    mib, odd = divmod(spec.memory_bytes >> 20, spec.numa_nodes)
+    mib, odd = divmod(spec.first_memory_bytes >> 20, spec.numa_nodes)
     trim_bytes = TCG_TRIM_BYTES if spec.accel is Accel.TCG else 0
+    sizes_bytes = [((mib + (index < odd)) << 20) - trim_bytes for index in range(spec.numa_nodes)]
     return tuple(
-        RamBlock(index=index, name=f"ram{index}", size_bytes=((mib + (index < odd)) << 20) - trim_bytes)
-        for index in range(spec.numa_nodes)
+        RamBlock(index=index, name=f"ram{index}", size_bytes=size_bytes)
+        for index, size_bytes in enumerate((*sizes_bytes, *spec.added_bytes))
     )
+
+
+def backend_properties(block: RamBlock, fd: int) -> dict[str, Any]:
+    """The QEMU object behind a RAM block whose memfd is the descriptor `fd` there.
+
+    A file, not QEMU's own memfd backend: newer QEMUs leave only files out of their stream.
+    """
+    return {
+        "qom-type": "memory-backend-file",
+        "id": block.name,
+        "size": block.size_bytes,
+        "share": True,
+        "mem-path": f"/proc/self/fd/{fd}",
+    }
+
+
+def added_device(spec: VmSpec, number: int) -> dict[str, Any]:
+    """The QEMU device that shows the guest what was added as `number`, from 0."""
+    block = f"ram{spec.numa_nodes + number}"
+    return {"driver": "pc-dimm", "id": f"dimm{number}", "memdev": block, "slot": number}
 
 
 def build_command(
@@ -107,7 +130,7 @@ def _machine(spec: VmSpec) -> list[str]:
     sockets = spec.numa_nodes if spec.cpus % spec.numa_nodes == 0 else spec.cpus
     cores = spec.cpus // sockets
     machine = f"type={spec.machine_type},sata=off,smbus=off,smm=off,dump-guest-core=off"
-    if spec.numa_nodes == 1:
+    if not _has_nodes(spec):
         machine += ",memory-backend=ram0"
     return [
         *("-machine", machine),
@@ -118,15 +141,24 @@ def _machine(spec: VmSpec) -> list[str]:
     ]
 
 
+def _has_nodes(spec: VmSpec) -> bool:
+    """Whether the guest is shown NUMA nodes. Memory that is added belongs to one, so it needs them too."""
+    return spec.numa_nodes > 1 or spec.max_memory_bytes > 0
+
+
 def _memory(spec: VmSpec, blocks: Sequence[RamBlock], ram_fds: Sequence[int]) -> list[str]:
-    """RAM in files, not in QEMU's own memfd backend: newer QEMUs leave only files out of their stream."""
-    arguments = ["-m", f"size={sum(block.size_bytes for block in blocks) >> 10}K"]
+    first = blocks[: spec.numa_nodes]
+    room = ""
+    if spec.max_memory_bytes:
+        room = f",slots={ADDITIONS_MAX},maxmem={spec.max_memory_bytes >> 10}K"
+    arguments = ["-m", f"size={sum(block.size_bytes for block in first) >> 10}K{room}"]
     for block, fd in zip(blocks, ram_fds, strict=True):
-        backend = f"memory-backend-file,id={block.name},size={block.size_bytes},share=on"
-        arguments += ["-object", f"{backend},mem-path=/proc/self/fd/{fd}"]
-    if len(blocks) > 1:
-        for block, cpus in zip(blocks, _cpus_of_nodes(spec), strict=True):
+        arguments += ["-object", json.dumps(backend_properties(block, fd))]
+    if _has_nodes(spec):
+        for block, cpus in zip(first, _cpus_of_nodes(spec), strict=True):
             arguments += ["-numa", f"node,nodeid={block.index},memdev={block.name}{cpus}"]
+    for number in range(len(spec.added_bytes)):
+        arguments += ["-device", json.dumps(added_device(spec, number))]
     return arguments
 
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transhume.model.errors import VmmError
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.rights import user_rights
 
 _PASSED_THROUGH = "vfio-"
 _OUTSIDE_DEVICES = "vhost-user-"
-
-_FD_PATH = re.compile(r"/proc/self/fd/(\d+)")
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ async def _ram_obstacles(monitor: Monitor, pid: int) -> tuple[str, ...]:
         where = f"RAM block {name} ({size_bytes >> 20} MiB)"
         if not backend["share"]:
             found.append(f"{where} is not shared: start the VM with share=on for it")
-        elif not await _is_our_memfd(monitor, pid, backend.get("id")):
+        elif not _maps_our_memfd(pid, backend.get("id")):
             found.append(f"{where} is not a memfd of Transhume's: start the VM with Transhume")
     summary: dict[str, int] = await monitor.qmp.execute("query-memory-size-summary")
     unseen_bytes = summary["base-memory"] + summary.get("plugged-memory", 0) - seen_bytes
@@ -93,22 +89,12 @@ async def _ram_obstacles(monitor: Monitor, pid: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-async def _is_our_memfd(monitor: Monitor, pid: int, backend: str | None) -> bool:
-    """Whether the backend's file is one of the descriptors that QEMU inherited from `launch`."""
-    if backend is None:
-        return False
+def _maps_our_memfd(pid: int, backend: str | None) -> bool:
+    """Whether the backend's memory is the memfd that was made for it."""
     try:
-        path = await monitor.qmp.execute("qom-get", path=f"/objects/{backend}", property="mem-path")
-    except VmmError:
-        return False  # of another kind than a file
-    number = _FD_PATH.fullmatch(str(path))
-    if number is None:
-        return False
-    try:
-        target = os.readlink(f"/proc/{pid}/fd/{number[1]}")
+        return f"/memfd:transhume-{backend} " in Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
-    return target.startswith("/memfd:transhume-")
 
 
 async def _device_obstacles(monitor: Monitor) -> tuple[str, ...]:

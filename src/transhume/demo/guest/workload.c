@@ -15,8 +15,8 @@
  * Lines that it writes, each between newlines, among the dots of the heart beat:
  *
  *   ready pages=P
- *   tick seconds=S writes=W verified=V corrupt=C gap_us=G     once a second; W, V, C count pages from
- *                               the start; V counts every thread as if it were the slowest, so when it
+ *   tick seconds=S writes=W verified=V corrupt=C gap_us=G memory_mib=M     once a second; M is all of
+ *                               the guest's memory; W, V, C count pages from the start; V counts every thread as if it were the slowest, so when it
  *                               has grown by all pages, every page was verified
  *   CORRUPT page=P expected=HEX found=HEX
  *   failed reason=...
@@ -254,9 +254,12 @@ static void tick(int64_t seconds, int64_t gap_ns)
         writes += atomic_load(&workers[n].writes);
         corrupt += atomic_load(&workers[n].corrupt);
     }
-    say("\ntick seconds=%lld writes=%llu verified=%llu corrupt=%llu gap_us=%lld\n", (long long)seconds,
-        (unsigned long long)writes, (unsigned long long)(slowest * worker_count), (unsigned long long)corrupt,
-        (long long)(gap_ns / 1000));
+    struct sysinfo machine = {0};
+    sysinfo(&machine);
+    say("\ntick seconds=%lld writes=%llu verified=%llu corrupt=%llu gap_us=%lld memory_mib=%llu\n",
+        (long long)seconds, (unsigned long long)writes, (unsigned long long)(slowest * worker_count),
+        (unsigned long long)corrupt, (long long)(gap_ns / 1000),
+        (unsigned long long)machine.totalram * machine.mem_unit >> 20);
 }
 
 static void work_and_beat(struct worker *worker)
