@@ -35,7 +35,9 @@ SLOW_WIRE_BITS_S = 200_000
 REACHED_LIMIT_S = 30.0
 SILENCE_LIMIT_S = 4.0
 LONGER_SILENCE_LIMIT_S = 6.0
-"""Where the source must connect through a wire that carried nothing before."""
+"""Where the source must connect through a wire that carried nothing before, or where the wire is so slow that
+others who use it too can hold a segment up for seconds.
+"""
 
 
 class Moment(StrEnum):
@@ -52,7 +54,7 @@ class Moment(StrEnum):
 
 def silence_limit_s(moment: Moment) -> float:
     """How long the ends may hear nothing of each other in a migration that is struck at that moment."""
-    lasting = (Moment.PRECOPY, Moment.SUSPENDED, Moment.PAGING)
+    lasting = (Moment.PRECOPY, Moment.PAGING)
     return SILENCE_LIMIT_S if moment in lasting else LONGER_SILENCE_LIMIT_S
 
 

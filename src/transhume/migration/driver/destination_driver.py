@@ -224,8 +224,8 @@ class DestinationDriver(Driver[DestinationState]):
         channel = self._channel
         if channel is None:
             return
-        if channel.received_bytes != self._heard_bytes:
-            self._heard_bytes = channel.received_bytes
+        if channel.arrived_bytes != self._heard_bytes:
+            self._heard_bytes = channel.arrived_bytes
             self.post(ev.PeerHeard())
         if now_s - self._beat_s >= min(1.0, self._options.peer_silence_limit_s / 4):
             self._beat_s = now_s

@@ -49,7 +49,8 @@ class FrameChannel:
 
     `peer` names the other end in messages. `decoder` says what it may send; the caller completes it
     (version, RAM blocks) as the connection is opened. `sent_bytes` and `received_bytes` count all frames that
-    went over the wire, without what TLS adds; read them from any thread.
+    went over the wire, without what TLS adds, and `arrived_bytes` all that came, also of a record of TLS that
+    is not whole yet: on a slow link it shows that the peer lives. Read them from any thread.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class FrameChannel:
         self.peer = peer
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.arrived_bytes = 0
         self._socket = sock
         self._silence_limit_s = silence_limit_s
         self._sending = threading.RLock()
@@ -232,7 +234,7 @@ class FrameChannel:
                 received = self._socket.recv_into(view, min(len(view), _PIECE_BYTES), socket.MSG_WAITALL)
             if received == 0:
                 raise self._ended()
-            self.received_bytes += received
+            self._note_received(received)
             view = view[received:]
 
     def receive_at_least(self, view: memoryview, least_bytes: int) -> int:
@@ -253,8 +255,13 @@ class FrameChannel:
             received = self._socket.recv_into(view)
         if received == 0:
             raise self._ended()
-        self.received_bytes += received
+        self._note_received(received)
         return received
+
+    def _note_received(self, count: int) -> None:
+        """Bytes as they came, without encryption."""
+        self.received_bytes += count
+        self.arrived_bytes += count
 
     def _decrypt_some(self, cipher: Cipher, view: memoryview) -> int:
         while True:
@@ -275,6 +282,7 @@ class FrameChannel:
             received = self._socket.recv_into(self._received)
         if received == 0:
             raise self._ended()
+        self.arrived_bytes += received
         cipher.feed(self._received[:received])
 
     # -- the end ------------------------------------------------------------------------------------
