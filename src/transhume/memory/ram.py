@@ -2,8 +2,8 @@
 
 QEMU maps each RAM block whole, shared, from a memfd called `transhume-ramN`. This process opens the
 same memfds through /proc/PID/fd, which works for root whoever made them, and reads and writes the
-guest's pages without QEMU's help: with preadv, sendfile, pwrite and splice, so that a mover stays small
-whatever the size of the VM, and pays no page faults. `window` is for a look at a few pages.
+guest's pages without QEMU's help: with preadv and pwrite, so that a mover stays small whatever the size of
+the VM, and pays no page faults. `window` is for a look at a few pages.
 
 Never read a hole through a mapping: for a shared memfd that allocates the page (preadv does not). Ask
 `populated_runs`.

@@ -1,6 +1,7 @@
 """The protocol between the two movers of one migration: the codec, without I/O.
 
-One TCP connection carries one migration. The source connects, the destination speaks first::
+The `main` connection carries the migration. The source connects; after TLS's handshake the destination speaks
+first::
 
     source                                   destination
        |  <------------------ CHALLENGE  nonce, oldest and newest version spoken
@@ -67,7 +68,7 @@ JSON object of at most 64 KiB.
 The header's layout and the CHALLENGE never change, so that two ends of any versions can name them
 both when they cannot talk. The source chooses the newest version that both speak.
 
-The key is a one-time secret that the destination's daemon gave to the source's through the controller.
+The key is a one-time secret that the destination's mover made; it reached the source through the controller.
 Each end proves that it has it by HMAC-SHA256 over the other's nonce, the migration's id and the
 connection's role; later versions may add connections with other roles.
 

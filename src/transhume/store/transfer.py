@@ -14,7 +14,7 @@ and the last line is the SHA-256 of every byte before it:
     {"sha256": "..."}
 
 **A SQLite file** (`.sqlite`), made by SQLite's own backup of a store that is one; it can be read back into
-any store too. Both are for root alone: hosts' secrets are among the records.
+any store too. Both are for root alone: the key of the farm's authority is among the records.
 
 An import goes into an empty store, in steps that each store takes. Before the first a record is made that
 says so, and after the last it is removed. A store that has it was filled by half, and nobody opens it as a
