@@ -118,8 +118,8 @@ def migrate(
 ) -> None:
     """Move a running VM to another host; one that still lacks pages of its last move moves when it has them.
 
-    Exit code: 0 moved, 2 refused (nothing changed), 3 failed (the VM is where it was), 4 cancelled,
-    5 unknown (the controller was lost).
+    Exit code: 0 moved, 2 refused (nothing changed), 3 failed (the last line says where the VM runs),
+    4 cancelled, 5 unknown (the controller was lost).
     """
     current = session(context, as_json)
     values = {

@@ -1,8 +1,9 @@
 """How a migration ends: one transaction that writes the outcome, frees the VM, and compares the register.
 
-The register alone tells the outcome: completed if and only if it holds `(destination, epoch + 1)`. A
-migration that failed while the register still holds `(source, epoch)` could be committed by a destination
-that has not heard of it, so the same transaction raises the epoch: from then on no commit of it can win.
+The register alone tells whether it was committed: only if it holds `(destination, epoch + 1)`. Then it is
+completed, unless an end says that the VM, or pages of it, were lost after that. A migration that failed
+while the register still holds `(source, epoch)` could be committed by a destination that has not heard of
+it, so the same transaction raises the epoch: from then on no commit of it can win.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """QEMU's own migration engine, guest RAM included: the fall-back, and the yardstick.
 
 Both ends get a connected socket from us, so that who connects to whom is decided in one place for both
-engines, and the stream can be encrypted on its way. The destination is started with `incoming` and stays paused when it has loaded: who runs is
-decided by the register, not by QEMU.
+engines, and the stream can be encrypted on its way. The destination is started with `incoming` and stays
+paused when it has loaded: who runs is decided by the register, not by QEMU.
 """
 
 from __future__ import annotations
