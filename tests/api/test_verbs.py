@@ -11,7 +11,15 @@ from tests.api.daemons import ADDRESS, MIB, Daemons, free_port, two_daemons
 from transhume.api.client import FarmClient
 from transhume.api.controller_client import ControllerClient
 from transhume.api.host_client import HostClient
-from transhume.model.errors import Conflict, HostLost, NotFound, PreflightFailed, Refused, VmmError
+from transhume.model.errors import (
+    Conflict,
+    HostLost,
+    NotFound,
+    PreflightFailed,
+    Refused,
+    Unauthorized,
+    VmmError,
+)
 from transhume.model.migration import MigrationOptions, Outcome, Phase
 from transhume.model.orders import DestinationFacts, MigrationUpdate
 from transhume.model.vm import Ownership, VmSpec, VmState
@@ -137,6 +145,22 @@ async def test_a_migration_over_the_wire_followed_from_a_member() -> None:
         assert (await client.migration(migration.id)).runs_at == "destination host beta"
         assert [record.id for record in await client.migrations()] == [migration.id]
         assert (await client.vm("web")).ownership == Ownership(owner="beta", epoch=2)
+
+
+async def test_a_host_swaps_what_it_gives_or_gets_and_nothing_else() -> None:
+    async with two_daemons() as d:
+        async with d.near(d.alpha_config) as client:
+            await client.create_vm(SPEC, "alpha")
+        beta = ControllerClient(d.beta_config)
+        held = Ownership(owner="alpha", epoch=1)
+        with pytest.raises(Unauthorized, match="host beta neither gives nor gets VM web"):
+            await beta.swap_ownership("web", held, Ownership(owner="alpha", epoch=2))
+        assert await beta.ownership("web") == held
+        late = await beta.swap_ownership(
+            "web", Ownership(owner="alpha", epoch=7), Ownership(owner="alpha", epoch=8)
+        )
+        assert (late.won, late.owner, late.epoch) == (False, "alpha", 1)
+        await beta.close()
 
 
 async def _play_the_movers(d: Daemons, migration: str) -> None:

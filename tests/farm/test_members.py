@@ -59,6 +59,19 @@ async def test_a_host_that_joined_and_never_reported_may_join_again() -> None:
         assert members.admits("gamma", serial_of(second.certificate))
 
 
+async def test_a_host_that_joins_once_more_keeps_its_settings() -> None:
+    async with farm() as f:
+        members = f.controller.members
+        await f.controller.overview.configure_host("beta", 1 << 30, 2.0, ("ssd",), ())
+        before = members.record("beta")
+        again = await members.invite(only_for="beta")
+        await f.join("beta", "192.0.2.9", again.token)
+        after = members.record("beta")
+        assert after.certificates != before.certificates
+        assert after == before.model_copy(update={"address": "192.0.2.9", "certificates": after.certificates})
+        assert after.labels == ("ssd",)
+
+
 async def test_tokens_expire_and_are_swept() -> None:
     async with farm() as f:
         members = f.controller.members

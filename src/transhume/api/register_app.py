@@ -13,7 +13,7 @@ import re
 
 from pydantic import ValidationError
 
-from transhume.api.gate import App, Receive, Scope, Send
+from transhume.api.gate import CALLER, App, Receive, Scope, Send
 from transhume.api.problem import CONTENT_TYPE, encode_problem
 from transhume.api.schemas import SwapRequest
 from transhume.farm.controller import Controller
@@ -44,7 +44,7 @@ class RegisterApp:
             return
         try:
             if found[2]:
-                body = await self._swap(found[1], await _body(receive))
+                body = await self._swap(found[1], await _body(receive), scope.get(CALLER))
             else:
                 body = (await self._controller.ownership(found[1])).model_dump_json().encode()
         except TranshumeError as error:
@@ -52,11 +52,13 @@ class RegisterApp:
             return
         await _answer(send, 200, body)
 
-    async def _swap(self, vm: str, body: bytes) -> bytes:
+    async def _swap(self, vm: str, body: bytes, caller: str | None) -> bytes:
         try:
             request = SwapRequest.model_validate_json(body)
         except ValidationError as error:
             raise Refused(f"the swap for VM {vm} is not valid ({error.error_count()} faults)") from error
+        if caller is not None:
+            await self._controller.demand_may_swap(vm, request.expected, request.wanted, caller)
         reply = await self._controller.swap_ownership(vm, request.expected, request.wanted)
         return reply.model_dump_json().encode()
 

@@ -25,7 +25,7 @@ from transhume.farm.revival import Revivals
 from transhume.farm.rulebook import Rulebook
 from transhume.farm.vms import Vms
 from transhume.host.config import HostConfig
-from transhume.model.errors import NotFound, TranshumeError
+from transhume.model.errors import NotFound, TranshumeError, Unauthorized
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
 from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed, SwapReply
@@ -108,6 +108,21 @@ class Controller:
             # Whether it is made or not: who loses a VM by it is asked for it at the next heartbeat.
             self._doubtful.setdefault(expected.owner, set()).add(vm)
         return await self._register.swap(vm, expected, wanted)
+
+    async def demand_may_swap(self, vm: str, expected: Ownership, wanted: Ownership, caller: str) -> None:
+        """Raises `Unauthorized` when a swap that host `caller` asks for would be won and is not its to make.
+
+        A host makes what it gives or gets, and for its peer what belongs to the VM's migration under way. The
+        others are let through to lose: their answer tells how it stands.
+        """
+        if caller in (expected.owner, wanted.owner) or await self._register.read(vm) != expected:
+            return
+        under_way = (await self.vms.show(vm)).migration
+        if under_way:
+            migration = await self.migrations.get(under_way)
+            if caller in (migration.source, migration.destination):
+                return
+        raise Unauthorized(f"host {caller} neither gives nor gets VM {vm}: it cannot change its owner")
 
     async def migration(self, migration: str) -> Migration:
         return await self.migrations.get(migration)

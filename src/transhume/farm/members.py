@@ -143,21 +143,15 @@ class Members:
 
         Raises `Unauthorized` for a token that is wrong, used or expired, `Conflict` for a name that is taken
         and `Refused` for a request that is not sound; the token can be used again then. A host whose daemon
-        never reported may join again.
+        never reported may join again, and one that joins once more keeps its settings and its state.
         """
         kept_token = await self.valid_token(secret, name)
         known = await self._records.host(name)
         self._demand_may_join(name, known, again=bool(kept_token.record.only_for))
         certificate, noted = self.authority.issue(name, request_pem, self._clock_s(), controller=False)
-        before = known.record if known and kept_token.record.only_for else None
-        record = HostRecord(
-            name=name,
-            address=address,
-            port=port,
-            joined_at_s=before.joined_at_s if before else self._clock_s(),
-            certificates=(noted,),
-            inventory=before.inventory if before else None,
-        )
+        fresh = HostRecord(name=name, address=address, port=port, joined_at_s=self._clock_s())
+        before = known.record if known and kept_token.record.only_for else fresh
+        record = before.model_copy(update={"address": address, "port": port, "certificates": (noted,)})
         used = kept_token.record.model_copy(update={"used_by": name})
         done = await self._records.store.transact(
             compares=[kept_token.unchanged, known.unchanged if known else absent(host_key(name))],

@@ -90,9 +90,11 @@ class ScriptedRegister:
     def __init__(self) -> None:
         self.answer: SwapReply | TranshumeError = HostLost("nobody there")
         self.asked: list[tuple[Ownership, Ownership]] = []
+        self.held = Ownership(owner="alpha", epoch=3)
+        self.record = MIGRATION
 
     async def ownership(self, vm: str) -> Ownership:
-        return Ownership(owner="alpha", epoch=3)
+        return self.held
 
     async def swap_ownership(self, vm: str, expected: Ownership, wanted: Ownership) -> SwapReply:
         self.asked.append((expected, wanted))
@@ -101,7 +103,7 @@ class ScriptedRegister:
         return self.answer
 
     async def migration(self, migration: str) -> Migration:
-        return MIGRATION
+        return self.record
 
 
 class SmallDriver(Driver[Step]):
@@ -182,6 +184,32 @@ def register() -> ScriptedRegister:
 @pytest.fixture
 async def driver(tmp_path: Path, register: ScriptedRegister) -> SmallDriver:
     return SmallDriver(tmp_path, register)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "error_code", "epoch", "revoked"),
+    [
+        (Outcome.RUNNING, "", 4, False),
+        (Outcome.RUNNING, "", 5, True),  # taken back, and the record does not say so yet
+        (Outcome.FAILED, "revived", 5, True),
+        (Outcome.FAILED, "revived", 6, True),  # and moved on since
+        (Outcome.COMPLETED, "", 5, False),  # the VM's next move, which may owe pages from here
+        (Outcome.FAILED, "memory-differs", 5, False),
+    ],
+)
+async def test_only_a_vm_that_was_taken_back_is_revoked(
+    driver: SmallDriver,
+    register: ScriptedRegister,
+    outcome: Outcome,
+    error_code: str,
+    epoch: int,
+    revoked: bool,
+) -> None:
+    register.held = Ownership(owner="alpha", epoch=epoch)
+    register.record = MIGRATION.model_copy(update={"outcome": outcome, "error_code": error_code})
+    known = await driver.ask_controller(ev.AskController())
+    assert isinstance(known, ev.MigrationKnown)
+    assert known.revoked is revoked
 
 
 async def test_a_state_is_journalled_before_its_commands_are_carried_out(driver: SmallDriver) -> None:

@@ -18,6 +18,7 @@ from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.machine import Command, Event, Machine, UnexpectedEvent
 from transhume.migration.register import Register
+from transhume.migration.source import REVIVED
 from transhume.model.errors import HostLost, NotFound, PagesLost, StoreError, StoreFull, TranshumeError
 from transhume.model.migration import Outcome
 from transhume.model.orders import CancelReply, MigrationUpdate
@@ -255,7 +256,13 @@ class Driver(ABC, Generic[StateT]):
             lacks_nothing=paging is not None and paging.complete,
             pages_lost=record.error_code == PagesLost.code,
             failed=record.outcome is Outcome.FAILED,
-            revoked=held.epoch > self.migration.epoch + 1,
+            # A migration that is known to be complete cannot be taken back: a later epoch is then that of the
+            # VM's next move, and what is left here is that one's to end.
+            revoked=(
+                held.epoch > self.migration.epoch + 1
+                and record.outcome is not Outcome.COMPLETED
+                and record.error_code in ("", REVIVED)
+            ),
         )
 
     # --- the register ----------------------------------------------------------------------------
