@@ -310,20 +310,22 @@ class Members:
     async def configure(
         self,
         name: str,
-        changes: Mapping[str, object],
+        changes: Mapping[str, object] | Callable[[HostRecord], Mapping[str, object]],
         along: Mapping[str, tuple[int, bytes]] | None = None,
     ) -> HostRecord | None:
         """Change a member's record: its state, its reservation, its overcommit, its labels.
 
-        `along` are other records that are written in the same transaction, each with the revision that it
-        must have. None: one of those had another.
+        `changes` are the new values, or what makes them of the record as it is when it is written. `along`
+        are other records that are written in the same transaction, each with the revision that it must have.
+        None: one of those had another.
         """
         others = along or {}
         while True:
             kept = await self._records.host(name)
             if kept is None:
                 raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
-            record = kept.record.model_copy(update=dict(changes))
+            wanted = changes(kept.record) if callable(changes) else changes
+            record = kept.record.model_copy(update=dict(wanted))
             compares = [kept.unchanged, *(Compare(key, revision) for key, (revision, _) in others.items())]
             puts = {kept.key: encode(record), **{key: value for key, (_, value) in others.items()}}
             if await self._records.store.transact(compares=compares, puts=puts) is not None:

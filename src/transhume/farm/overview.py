@@ -10,6 +10,7 @@ from transhume.farm.admission import Admission, Situation
 from transhume.farm.headroom import losses, worst
 from transhume.farm.members import Members
 from transhume.farm.records import SETTINGS_KEY, FarmRecords, FarmSettings, absent, encode
+from transhume.farm.rules import changed_labels
 from transhume.model.errors import Conflict
 from transhume.model.host import HostState
 from transhume.model.vm import VmState
@@ -122,13 +123,14 @@ class Overview:
 
         What is None stays as it is. What is promised already stays promised, however little is left.
         """
-        record = self._members.record(name)
-        changes: dict[str, object] = {"labels": tuple(sorted((set(record.labels) | set(add)) - set(remove)))}
+        changes: dict[str, object] = {}
         if reserve_memory_bytes is not None:
             changes["reserve_memory_bytes"] = reserve_memory_bytes
         if cpu_overcommit is not None:
             changes["cpu_overcommit"] = cpu_overcommit
-        await self._members.configure(name, changes)
+        await self._members.configure(
+            name, lambda record: {**changes, "labels": changed_labels(record.labels, add, remove)}
+        )
 
 
 def _share(name: str, found: Situation, short_bytes: int, stranded: dict[str, tuple[str, ...]]) -> HostShare:

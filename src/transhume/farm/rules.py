@@ -210,6 +210,11 @@ def _members(selectors: Iterable[str], by_label: Mapping[str, frozenset[str]]) -
     return frozenset(found)
 
 
+def changed_labels(labels: Iterable[str], add: Iterable[str], remove: Iterable[str]) -> tuple[str, ...]:
+    """Labels with others added, and some taken away; in order, each once."""
+    return tuple(sorted((set(labels) | set(add)) - set(remove)))
+
+
 def _by_label(labels: Mapping[str, Iterable[str]]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for name, carried in labels.items():

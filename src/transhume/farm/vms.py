@@ -12,6 +12,7 @@ from transhume.farm.members import Members
 from transhume.farm.pool import Demand
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
 from transhume.farm.rehome import Rehoming, VmLocks
+from transhume.farm.rules import changed_labels
 from transhume.model.errors import Conflict, HostLost, NotFound, Refused, TranshumeError
 from transhume.model.vm import Ownership, Vm, VmSpec, VmState
 
@@ -85,9 +86,7 @@ class Vms:
             kept, ownership = await self._known(name)
             if reserve and not kept.record.reserve:
                 await self.lodging.demand_room(kept.record.spec, ownership.owner)
-            changes: dict[str, object] = {
-                "labels": tuple(sorted((set(kept.record.labels) | set(add)) - set(remove)))
-            }
+            changes: dict[str, object] = {"labels": changed_labels(kept.record.labels, add, remove)}
             if reserve is not None:
                 changes["reserve"] = reserve
             record = kept.record.model_copy(update=changes)

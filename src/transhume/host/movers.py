@@ -43,6 +43,11 @@ RELAY_RETRY_S = 1.0
 SUCCESSOR_PAUSE_S = 0.5
 CANCEL_LIMIT_S = 60.0
 
+_CANCELLED, _ADJUSTED, _REVIVED = "cancelled", "adjusted", "revived"
+"""What a mover answers to the orders that are given to it while it works."""
+
+_CANCEL_ORDER = {"command": "cancel"}
+
 log = logging.getLogger(__name__)
 
 
@@ -57,9 +62,7 @@ class Mover:
         self.ended = asyncio.Event()
         self.writer: asyncio.StreamWriter | None = None
         self.connected = asyncio.Event()
-        self.cancels: list[asyncio.Future[CancelReply]] = []
-        self.adjustments: list[asyncio.Future[AdjustReply]] = []
-        self.revivals: list[asyncio.Future[ReviveReply]] = []
+        self.asked: dict[str, list[asyncio.Future[Any]]] = {_CANCELLED: [], _ADJUSTED: [], _REVIVED: []}
         self.latest: MigrationUpdate | None = None
         self.relay_wanted = asyncio.Event()
         self.tasks: list[asyncio.Task[None]] = []
@@ -126,17 +129,9 @@ class Movers:
         mover = self._movers.get(f"{migration}-{role.value}")
         if mover is None:
             raise NotFound(f"migration {migration} is not under way on this host")
-        reply: asyncio.Future[CancelReply] = asyncio.get_running_loop().create_future()
-        mover.cancels.append(reply)
-        self._send_cancels(mover)
-        ended = asyncio.create_task(mover.ended.wait())
-        try:
-            await _first_of(ended, reply, timeout_s=CANCEL_LIMIT_S)
-        finally:
-            ended.cancel()
-            mover.cancels.remove(reply)
-        if reply.done():
-            return reply.result()
+        answer = await self._ask(mover, _CANCELLED, _CANCEL_ORDER)
+        if answer is not None:
+            return CancelReply.model_validate(answer)
         update = mover.latest
         return CancelReply(
             accepted=update is not None and update.outcome in (Outcome.CANCELLED, Outcome.FAILED),
@@ -147,42 +142,19 @@ class Movers:
         """Give the source's mover other limits. Raises `NotFound` when it is not here, `HostLost` when it is
         silent.
         """
-        mover = self._movers.get(f"{migration}-{Role.SOURCE.value}")
-        if mover is None or mover.ended.is_set():
-            raise NotFound(f"migration {migration} is not under way on this host")
-        if mover.writer is None:
-            raise HostLost(f"the mover of migration {migration} does not answer now; try again")
-        reply: asyncio.Future[AdjustReply] = asyncio.get_running_loop().create_future()
-        mover.adjustments.append(reply)
+        mover = self._source_at_work(migration)
         order = {"command": "adjust", "adjustment": adjustment.model_dump(mode="json")}
-        mover.writer.write(json.dumps(order).encode() + b"\n")
-        try:
-            async with asyncio.timeout(CANCEL_LIMIT_S):
-                return await reply
-        except TimeoutError:
-            raise HostLost(f"the mover of migration {migration} does not answer now; try again") from None
-        finally:
-            if reply in mover.adjustments:
-                mover.adjustments.remove(reply)
+        answer = await self._ask(mover, _ADJUSTED, order)
+        if answer is None:
+            raise _no_answer(migration)
+        return AdjustReply.model_validate(answer)
 
     async def revive(self, migration: str) -> ReviveReply:
         """Ask the source's mover to take its VM back, and wait for what came of it. Raises as `adjust`."""
-        mover = self._movers.get(f"{migration}-{Role.SOURCE.value}")
-        if mover is None or mover.ended.is_set():
-            raise NotFound(f"migration {migration} is not under way on this host")
-        if mover.writer is None:
-            raise HostLost(f"the mover of migration {migration} does not answer now; try again")
-        reply: asyncio.Future[ReviveReply] = asyncio.get_running_loop().create_future()
-        mover.revivals.append(reply)
-        mover.writer.write(b'{"command": "revive"}\n')
-        ended = asyncio.create_task(mover.ended.wait())
-        try:
-            await _first_of(ended, reply, timeout_s=CANCEL_LIMIT_S)
-        finally:
-            ended.cancel()
-            mover.revivals.remove(reply)
-        if reply.done():
-            return reply.result()
+        mover = self._source_at_work(migration)
+        answer = await self._ask(mover, _REVIVED, {"command": "revive"})
+        if answer is not None:
+            return ReviveReply.model_validate(answer)
         update = mover.latest
         if mover.ended.is_set() and update is not None:
             return ReviveReply(
@@ -192,6 +164,28 @@ class Movers:
             f"the mover of migration {migration} has not answered within {CANCEL_LIMIT_S:g} s; "
             f"`transhume migration {migration}` tells what came of it"
         )
+
+    def _source_at_work(self, migration: str) -> Mover:
+        mover = self._movers.get(f"{migration}-{Role.SOURCE.value}")
+        if mover is None or mover.ended.is_set():
+            raise NotFound(f"migration {migration} is not under way on this host")
+        if mover.writer is None:
+            raise _no_answer(migration)
+        return mover
+
+    async def _ask(self, mover: Mover, answer: str, order: dict[str, Any]) -> Any:
+        """Give a mover an order; what it says under the name `answer`, None when it ended or was silent."""
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        mover.asked[answer].append(reply)
+        _give(mover, order)
+        ended = asyncio.create_task(mover.ended.wait())
+        try:
+            await _first_of(ended, reply, timeout_s=CANCEL_LIMIT_S)
+        finally:
+            ended.cancel()
+            if reply in mover.asked[answer]:
+                mover.asked[answer].remove(reply)
+        return reply.result() if reply.done() else None
 
     async def close(self) -> None:
         """Stop to listen; the movers go on."""
@@ -279,7 +273,8 @@ class Movers:
                 await asyncio.sleep(POLL_S)
                 continue
             mover.writer = writer
-            self._send_cancels(mover)
+            if mover.asked[_CANCELLED]:
+                _give(mover, _CANCEL_ORDER)  # an earlier connection may not have brought it
             try:
                 while line := await reader.readline():
                     self._hear(mover, json.loads(line))
@@ -288,11 +283,9 @@ class Movers:
             finally:
                 mover.writer = None
                 writer.close()
-                for waiting in mover.adjustments:
+                for waiting in mover.asked[_ADJUSTED]:
                     if not waiting.done():
-                        waiting.set_exception(
-                            HostLost(f"the mover of migration {mover.job.migration.id} ended; try again")
-                        )
+                        waiting.set_result(None)
             return
 
     def _hear(self, mover: Mover, message: dict[str, Any]) -> None:
@@ -300,25 +293,14 @@ class Movers:
             self._say(mover, MigrationUpdate.model_validate(message["update"]))
         if "prepared" in message and not mover.prepared.done():
             mover.prepared.set_result(Prepared.model_validate(message["prepared"]))
-        if "adjusted" in message and mover.adjustments:
-            # Answers come in the order of the questions.
-            first = mover.adjustments.pop(0)
-            if not first.done():
-                first.set_result(AdjustReply.model_validate(message["adjusted"]))
-        if "revived" in message:
-            revived = ReviveReply.model_validate(message["revived"])
-            for asked in mover.revivals:
-                if not asked.done():
-                    asked.set_result(revived)
-        if "cancelled" in message:
-            reply = CancelReply.model_validate(message["cancelled"])
-            for waiting in mover.cancels:
-                if not waiting.done():
-                    waiting.set_result(reply)
-
-    def _send_cancels(self, mover: Mover) -> None:
-        if mover.writer is not None and mover.cancels:
-            mover.writer.write(b'{"command": "cancel"}\n')
+        for answer, asked in mover.asked.items():
+            if answer not in message:
+                continue
+            # Limits are answered in the order in which they were given, the others once for all who ask.
+            for reply in asked[:1] if answer == _ADJUSTED else asked[:]:
+                asked.remove(reply)
+                if not reply.done():
+                    reply.set_result(message[answer])
 
     def _say(self, mover: Mover, update: MigrationUpdate) -> None:
         mover.latest = update
@@ -374,6 +356,15 @@ class Movers:
         except FileNotFoundError:
             return "it left no word"
         return lines[-1] if lines else "it left no word"
+
+
+def _give(mover: Mover, order: dict[str, Any]) -> None:
+    if mover.writer is not None:
+        mover.writer.write(json.dumps(order).encode() + b"\n")
+
+
+def _no_answer(migration: str) -> HostLost:
+    return HostLost(f"the mover of migration {migration} does not answer now; try again")
 
 
 async def _first_of(*futures: asyncio.Future[Any], timeout_s: float | None = None) -> None:
