@@ -17,7 +17,7 @@ from tests.e2e.farm import Farm, until
 
 from transhume.demo.observer import Observer
 from transhume.migration.driver.job import MoverFolder, Role
-from transhume.model.errors import Conflict
+from transhume.model.errors import Conflict, PagesLost
 from transhume.model.migration import Migration, Mode, Outcome, Phase, Rest
 from transhume.model.orders import Adjustment
 
@@ -42,7 +42,7 @@ ORDERS: list[dict[str, Any]] = [
 ]
 
 
-async def _paging(farm: Farm) -> str:
+async def _paging(farm: Farm, **options: Any) -> str:
     """A migration that has switched over and will owe pages for a while."""
     await farm.boot("vm")
     migration = await farm.begin(
@@ -51,6 +51,7 @@ async def _paging(farm: Farm) -> str:
         mode=Mode.POST_COPY,
         bandwidth_bytes_s=SLOW_BYTES_S,
         peer_silence_limit_s=SILENCE_LIMIT_S,
+        **options,
     )
     await farm.in_phase(migration, Phase.PAGING)
     assert farm.runs_on("vm") == ["alpha", "beta"]  # the source's is suspended, and keeps the pages
@@ -128,6 +129,27 @@ async def test_a_link_that_drops_while_paging_is_found_again(farm: Farm) -> None
     assert record.report.paging is not None
     assert record.report.paging.link_losses > 0
     assert record.report.paging.link_lost_ms > 0
+
+
+async def test_a_lost_link_is_given_up_only_when_that_was_asked_for(farm: Farm) -> None:
+    """The VM ends, which is said plainly, and its disks are there to start it from."""
+    migration = await _paging(farm, give_up_after_s=1.0)
+    farm.lab.cut()
+
+    async def given_up() -> bool:
+        return farm.runs_on("vm") != ["alpha", "beta"]
+
+    await until(given_up, "the destination gives the VM up")
+    assert "beta" not in farm.runs_on("vm")
+    farm.lab.restore()
+    record = await farm.ended(migration)
+    assert (record.outcome, record.error_code) == (Outcome.FAILED, PagesLost.code)
+    assert record.runs_at.startswith("nowhere")
+    assert "pages" in record.error
+    assert farm.runs_on("vm") == []
+    async with farm.client() as client:
+        await client.start_vm("vm")
+    assert len(farm.runs_on("vm")) == 1
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -50,7 +50,7 @@ def test_who_comes_along_does_not_count() -> None:
 def test_what_is_broken_now_is_told_once_for_each_rule() -> None:
     farm = pool(room("alpha"), room("beta"), web=("alpha", 1), db=("alpha", 1))
     book = RuleBook([rule(APART, "web", "db"), rule(PIN, "db", hosts=("alpha",), name="s")])
-    assert book.broken_now(farm) == ["VM db: rule r keeps db apart from web, on alpha"]
+    assert book.broken_now(farm) == {"r": "VM db: rule r keeps db apart from web, on alpha"}
 
 
 def test_a_rule_that_does_not_fit_its_kind_is_refused() -> None:

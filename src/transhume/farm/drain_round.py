@@ -149,7 +149,7 @@ class DrainRound:
         demand = Demand.of(vm.spec)
         host, reasons = await self._chosen(drain, step, demand)
         if not host:
-            if self._may_change(reasons):
+            if self._may_change():
                 return step
             state = StepState.LEFT if step.kind is StepKind.REHOME else StepState.FAILED
             return _ended(step, state, "; ".join(reasons))
@@ -219,9 +219,10 @@ class DrainRound:
             reasons = choice.reasons
         return "", reasons
 
-    def _may_change(self, reasons: tuple[str, ...]) -> bool:
+    def _may_change(self) -> bool:
         """Whether hosts that were not heard from since the controller started may still be."""
-        return self._clock_s() < self._patient_until_s and any("not heard from" in each for each in reasons)
+        silent = any(self._members.silent(name) for name in self._members.names())
+        return silent and self._clock_s() < self._patient_until_s
 
     def _options(self, drain: Drain) -> MigrationOptions:
         options = drain.options.migration

@@ -15,7 +15,7 @@ from transhume.farm.members import Members
 from transhume.farm.merge import join_reports, merged
 from transhume.farm.records import FarmRecords, VmRecord, encode, migration_key, ownership_key, vm_key
 from transhume.model.errors import Conflict, NotFound, PagesLost
-from transhume.model.migration import Migration, Outcome, Phase
+from transhume.model.migration import NOWHERE, Migration, Outcome, Phase
 from transhume.model.orders import MigrationUpdate
 from transhume.model.vm import Ownership, VmState
 
@@ -175,7 +175,7 @@ def at_destination(record: Migration) -> str:
 
 def _place_in_words(vm: str, runs_at: str, error: str) -> str:
     """Where a VM runs that was not moved, as a sentence behind what ended its migration."""
-    if not runs_at.startswith("nowhere"):
+    if not runs_at.startswith(NOWHERE):
         return f"VM {vm} runs on {runs_at}, where it was"
     nowhere, _, why = runs_at.partition(": ")
     return f"VM {vm} runs {nowhere if why in error else runs_at}"

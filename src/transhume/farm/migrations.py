@@ -35,7 +35,7 @@ from transhume.model.errors import (
     TimedOut,
     TranshumeError,
 )
-from transhume.model.migration import DryRun, Migration, MigrationOptions, Outcome, Phase
+from transhume.model.migration import NOWHERE, DryRun, Migration, MigrationOptions, Outcome, Phase
 from transhume.model.orders import Adjustment, BeginOrder, CancelReply, MigrationUpdate, PrepareOrder
 from transhume.model.vm import Vm
 
@@ -177,7 +177,7 @@ class Migrations:
         claim = Claim.reported(update)
         if update.host == record.source:
             _, last_word = self._last_words.get(record.id, (0.0, None))
-            if last_word is not None and last_word.runs_at.startswith("nowhere"):
+            if last_word is not None and last_word.runs_at.startswith(NOWHERE):
                 # The source knows that it gave the VM away; only the destination knows that it was lost.
                 claim = replace(last_word, update=update)
             await self._end(record, claim)

@@ -96,7 +96,7 @@ class Overview:
             can_lose_one=bad is None,
             short_bytes=bad.short_bytes if bad else 0,
             worst_host=bad.host if bad else "",
-            broken_rules=tuple(found.rules.broken_now(found.pool)),
+            broken_rules=tuple(found.rules.broken_now(found.pool).values()),
             cpu_overcommit=found.settings.cpu_overcommit,
         )
 

@@ -30,7 +30,8 @@ def contradictions(book: RuleBook, rule: str, hosts: frozenset[str]) -> list[str
 def warnings(book: RuleBook, rule: str, pool: Pool, demands: Mapping[str, Demand]) -> list[str]:
     """What somebody should know of a rule that can hold: what breaks it now, and what is too large for it."""
     bound = next(each for each in book.bound if each.rule.name == rule)
-    told = [f"it is broken now: {words}" for words in book.broken_now(pool) if f"rule {rule} " in words]
+    broken = book.broken_now(pool).get(rule)
+    told = [f"it is broken now: {broken}"] if broken else []
     if not bound.vms:
         told.append(f"no VM carries {', '.join(bound.rule.vms)} yet: it concerns nobody")
     elif bound.rule.kind.names_hosts and not bound.hosts:

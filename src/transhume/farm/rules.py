@@ -151,9 +151,9 @@ class RuleBook:
                 left -= bound.hosts
         return frozenset(left)
 
-    def broken_now(self, pool: Pool) -> list[str]:
-        """Each rule that is broken as things are, in a sentence."""
-        found = []
+    def broken_now(self, pool: Pool) -> dict[str, str]:
+        """The rules that are broken as things are, each with a sentence."""
+        found = {}
         for bound in self.bound:
             if bound.rule.preferred:
                 continue
@@ -164,7 +164,7 @@ class RuleBook:
                     if (told := _broken(bound, vm, host, pool, frozenset()))
                 ]
                 if words and len(pool.places(vm)) == 1:
-                    found.append(f"VM {vm}: {words[0]}")
+                    found[bound.rule.name] = f"VM {vm}: {words[0]}"
                     break
         return found
 

@@ -20,7 +20,7 @@ from transhume.migration import events as ev
 from transhume.migration.destination_table import PHASES, TABLE, D, DestinationState
 from transhume.migration.machine import Command, Event, Machine
 from transhume.model.errors import MemoryDiffers, PagesLost
-from transhume.model.migration import Migration, Outcome, Phase
+from transhume.model.migration import NOWHERE, Migration, Outcome, Phase
 
 ASK_AGAIN_S = 2.0
 """Step 3A: how often a waiting destination asks whether the migration still goes on."""
@@ -85,7 +85,7 @@ class DestinationMachine(Machine[DestinationState]):
     def runs_at(self) -> str:
         """Where the VM runs as far as this end knows, in words."""
         if self._vm_is_lost:
-            return f"nowhere: {self.error}"
+            return f"{NOWHERE}: {self.error}"
         if self.state is D.PAGING and self._source_lost_since_s is not None and not self._all_in_place:
             return (
                 f"destination host {self.migration.destination}; it lacks pages that only host "

@@ -22,6 +22,7 @@ from transhume.migration.policy import Choice, Decision, begins_suspended, decid
 from transhume.migration.source_table import PHASES, TABLE, S, SourceState
 from transhume.model.errors import MemoryDiffers, PagesLost
 from transhume.model.migration import (
+    NOWHERE,
     DowntimeReport,
     Engine,
     IterationReport,
@@ -150,15 +151,15 @@ class SourceMachine(Machine[SourceState]):
     def runs_at(self) -> str:
         """Where the VM runs, in words; never a guess."""
         if self._lost_everywhere:
-            return f"nowhere: {self.error}"
+            return f"{NOWHERE}: {self.error}"
         if self.state in (S.RESOLVING, S.REVIVING):
             return "unknown until the register answers; paused at the source meanwhile"
         if self.past_point_of_no_return:
             return f"destination host {self.migration.destination}"
         if self.state is S.RESUMING and self._resume_attempts:
-            return f"nowhere for the moment: paused at source host {self.migration.source}, to go on"
+            return f"{NOWHERE} for the moment: paused at source host {self.migration.source}, to go on"
         if self.state in (S.LAST_PAGES, S.STATE, S.AWAITING_COMMIT):
-            return "nowhere for the moment: paused at the switchover"
+            return f"{NOWHERE} for the moment: paused at the switchover"
         return f"source host {self.migration.source}"
 
     def report(self, now_s: float) -> MigrationReport:

@@ -74,6 +74,10 @@ class Phase(StrEnum):
     ABORTED = "aborted"
 
 
+NOWHERE = "nowhere"
+"""How `runs_at` begins where no host runs the VM, for the moment or for good."""
+
+
 class Outcome(StrEnum):
     """How a migration ended; `RUNNING` while it has not."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from transhume.migration import events as ev
 from transhume.model.errors import PagesLost
-from transhume.model.migration import Outcome, Phase
+from transhume.model.migration import NOWHERE, Outcome, Phase
 from transhume.sim.plan import Plan, Side
 from transhume.sim.register import SimRegister
 from transhume.sim.schedule import Schedule
@@ -151,7 +151,7 @@ class SimController:
             return True  # refused: only the source knows how that ended
         if update.side is Side.SOURCE:
             said = None if self._last_word is None else self._last_word[1]
-            if said is not None and said.runs_at.startswith("nowhere"):
+            if said is not None and said.runs_at.startswith(NOWHERE):
                 return self.end(replace(said, phase=update.phase))
             return self.end(update)
         if update.outcome is Outcome.FAILED and update.phase is Phase.DONE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from transhume.model.errors import MemoryDiffers, PagesLost
-from transhume.model.migration import Outcome
+from transhume.model.migration import NOWHERE, Outcome
 from transhume.sim.controller import Record, Update
 from transhume.sim.plan import Side
 from transhume.sim.register import SimRegister
@@ -157,7 +157,7 @@ class Invariants:
         if side is Side.DESTINATION and self.revived:
             return  # what was said before the revival was true then
         owner = self._vms[self._register.owner]
-        if runs_at.startswith("nowhere: "):
+        if runs_at.startswith(f"{NOWHERE}: "):
             if owner.status is VmStatus.RUNNING or owner.side is not side:
                 raise Violation(f"the {side} says {runs_at!r}, and {owner.status} at the {owner.side}")
         elif runs_at != f"{owner.side} host {owner.side}":
@@ -185,7 +185,7 @@ class Invariants:
         differs = said is not None and said.error_code == MemoryDiffers.code
         if differs and not self.revived and record.error_code != MemoryDiffers.code:
             raise Violation(f"the memory differs, and the record says {record.error_code!r}")
-        if record.runs_at.startswith("nowhere: "):
+        if record.runs_at.startswith(f"{NOWHERE}: "):
             if owner.status is VmStatus.RUNNING:
                 raise Violation(f"the record says {record.runs_at!r}, and the VM runs at the {owner.side}")
         elif record.runs_at.startswith(("source", "destination")) and not record.runs_at.startswith(
