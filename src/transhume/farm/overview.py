@@ -7,7 +7,7 @@ import asyncio
 from pydantic import BaseModel, ConfigDict
 
 from transhume.farm.admission import Admission, Situation
-from transhume.farm.headroom import losses, worst
+from transhume.farm.headroom import Loss, losses, worst
 from transhume.farm.members import Members
 from transhume.farm.records import SETTINGS_KEY, FarmRecords, FarmSettings, absent, encode
 from transhume.farm.rules import changed_labels
@@ -80,9 +80,10 @@ class Overview:
         # In a thread: in a large farm it takes a second, and commits do not wait for it.
         lost = await asyncio.to_thread(losses, found.pool, found.rules)
         bad = worst(lost)
-        hosts = tuple(
-            _share(name, found, lost[name].short_bytes, lost[name].stranded) for name in found.pool.hosts
-        )
+        owned: dict[str, list[str]] = {}
+        for vm, ownership in found.owners.items():
+            owned.setdefault(ownership.owner, []).append(vm)
+        hosts = tuple(_share(lost[name], found, owned.get(name, [])) for name in found.pool.hosts)
         return FarmView(
             hosts=hosts,
             cpus=sum(host.cpus for host in hosts),
@@ -133,9 +134,8 @@ class Overview:
         )
 
 
-def _share(name: str, found: Situation, short_bytes: int, stranded: dict[str, tuple[str, ...]]) -> HostShare:
-    pool, room = found.pool, found.pool.hosts[name]
-    own = [vm for vm, ownership in found.owners.items() if ownership.owner == name]
+def _share(loss: Loss, found: Situation, own: list[str]) -> HostShare:
+    name, pool, room = loss.host, found.pool, found.pool.hosts[loss.host]
     return HostShare(
         name=name,
         state=room.state,
@@ -150,6 +150,6 @@ def _share(name: str, found: Situation, short_bytes: int, stranded: dict[str, tu
         vms=len(own),
         running=sum(found.states[vm] not in (VmState.STOPPED, VmState.UNKNOWN) for vm in own),
         labels=tuple(sorted(found.host_labels.get(name, ()))),
-        short_bytes=short_bytes,
-        stranded=stranded,
+        short_bytes=loss.short_bytes,
+        stranded=loss.stranded,
     )

@@ -14,7 +14,7 @@ settings/farm       FarmSettings      what holds for the whole farm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -171,10 +171,15 @@ def encode(record: BaseModel) -> bytes:
 
 
 class FarmRecords:
-    """Typed reading on top of a `Store`. Writing is `store.transact` with `encode`, where it is decided."""
+    """Typed reading on top of a `Store`. Writing is `store.transact` with `encode`, where it is decided.
+
+    The store is asked each time. What is remembered is only which record the bytes of an entry stood for when
+    its list was read last, because to parse those of 20,000 VMs takes longer than to read them.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._parsed: dict[str, dict[str, tuple[bytes, Kept[Any]]]] = {}
 
     async def authority(self) -> Kept[AuthorityRecord] | None:
         return await self._get(AUTHORITY_KEY, AuthorityRecord)
@@ -226,7 +231,19 @@ class FarmRecords:
         return None if entry is None else _decode(entry, kind)
 
     async def _list(self, prefix: str, kind: type[Record]) -> list[Kept[Record]]:
-        return [_decode(entry, kind) for entry in await self.store.list(prefix)]
+        entries = await self.store.list(prefix)
+        before = self._parsed.get(prefix, {})
+        parsed: dict[str, tuple[bytes, Kept[Any]]] = {}
+        found: list[Kept[Record]] = []
+        for entry in entries:
+            value, kept = before.get(entry.key, (None, None))
+            # The bytes are compared too: a store that was brought back from a backup counts anew.
+            if kept is None or kept.mod_revision != entry.mod_revision or value != entry.value:
+                kept = _decode(entry, kind)
+            parsed[entry.key] = (entry.value, kept)
+            found.append(kept)
+        self._parsed[prefix] = parsed
+        return found
 
 
 def _decode(entry: Entry, kind: type[Record]) -> Kept[Record]:
