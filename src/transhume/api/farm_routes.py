@@ -11,6 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
+from transhume.api.operation_routes import add_operation_routes
 from transhume.api.pool_routes import add_pool_routes
 from transhume.api.schemas import (
     AuthorityText,
@@ -47,6 +48,7 @@ def farm_router(controller: Controller) -> APIRouter:
     _add_revival_routes(router, controller)
     add_baseline_routes(router, controller)
     add_pool_routes(router, controller)
+    add_operation_routes(router, controller)
     return router
 
 
