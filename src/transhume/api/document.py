@@ -51,12 +51,8 @@ def markdown(document: dict[str, Any]) -> str:
     """The whole of docs/API.md."""
     schemas: dict[str, Any] = document["components"]["schemas"]
     parts = [_HEAD, _requests(document["paths"]), _ERRORS + _codes(), _kinds(), "## Records"]
-    parts += [_record(name, schema) for name, schema in sorted(schemas.items()) if name not in _FRAMEWORK]
+    parts += [_record(name, schema) for name, schema in sorted(schemas.items())]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-_FRAMEWORK = {"HTTPValidationError", "ValidationError"}
-"""What the framework says that it answers, and what a daemon never does: see `api.problem`."""
 
 
 def _idle_controller() -> Controller:
