@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -126,7 +126,7 @@ class Feed:
             gap=self.lacks(after) or len(found) > limit,
         )
 
-    async def follow(self, after: int | None = None) -> AsyncIterator[FarmEvent]:
+    async def follow(self, after: int | None = None) -> AsyncGenerator[FarmEvent]:
         """Events with a number over `after` (None: only what happens from now on), until the feed closes.
 
         Where some are missing, first or on the way, a `gap` with the number before the oldest one held.
