@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test check bench simulate faults
+.PHONY: help setup demo test check bench simulate faults docs
 
 help:
 	@echo "make demo               set up, then move a running VM between two hosts and back, by each engine"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench [ONLY=...]   set up, then measure both engines (ONLY: one group of figures)"
 	@echo "make faults             set up, then try each fault in each phase and order of transfer"
 	@echo "make simulate [ARGS=..] set up, then run the simulated farm from 100,000 seeds (ARGS='--seeds 1000': fewer)"
+	@echo "make docs               set up, then write docs/API.md anew"
 	@echo "make setup              install what is missing, and .venv/bin/transhume"
 
 setup:
@@ -36,3 +37,6 @@ simulate: setup
 
 faults: setup
 	FAULTS=all $(PYTHON) -m pytest tests/e2e/test_fault_matrix.py $(ARGS)
+
+docs: setup
+	$(PYTHON) -m transhume.api.document docs/API.md

@@ -66,6 +66,9 @@ def _fault(line: str) -> str:
     """What is wrong with a command; empty when nothing is."""
     words = shlex.split(line, comments=True)
     group = _group()
+    if words and all(word.startswith("--") for word in words):
+        unknown = set(words) - _options(group.params)
+        return f"{line}: {', '.join(sorted(unknown))} is no option" if unknown else ""
     while True:
         while words and words[0].startswith("-"):
             words = words[2 if words[0] == "--state-dir" else 1 :]

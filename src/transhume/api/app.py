@@ -82,6 +82,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == Refused.status:
+        return _answer(Refused("the request's body cannot be read as JSON"))
     kind = NotFound if error.status_code == NotFound.status else Refused
     return _answer(
         kind(f"this daemon does not know {request.method} {request.url.path}; is it of another release?"),

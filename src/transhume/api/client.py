@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from transhume.api.http_calls import HttpCalls, part
 from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import open_answer
+from transhume.api.operations_client import FeedClient, OperationsClient
 from transhume.api.pool_client import PoolClient
 from transhume.api.problem import from_problem
 from transhume.api.schemas import ClockAnswer, JoinPreview, LogText, Pong
@@ -60,6 +61,16 @@ class FarmClient:
     def pool(self) -> PoolClient:
         """The farm as a pool: rules, settings, drains."""
         return PoolClient(self._calls)
+
+    @cached_property
+    def feed(self) -> FeedClient:
+        """What happens in the farm."""
+        return FeedClient(self._calls)
+
+    @cached_property
+    def operations(self) -> OperationsClient:
+        """Long actions: migrations and drains."""
+        return OperationsClient(self._calls)
 
     async def ping(self) -> Pong:
         """The daemon itself, whether or not it reaches the controller. For local callers."""
@@ -177,7 +188,7 @@ class FarmClient:
             "POST", f"/v1/vms/{part(vm)}/revival", ReviveReply, body, timeout_s=REVIVE_TIMEOUT_S
         )
 
-    async def follow(self, migration: str, after: int = 0) -> AsyncIterator[MigrationEvent]:
+    async def follow(self, migration: str, after: int = 0) -> AsyncGenerator[MigrationEvent]:
         """Events until the one that ended it. `HostLost` when the stream breaks: go on with `after`."""
         path = f"/v1/migrations/{part(migration)}/events?after={after}"
         calls = self._calls

@@ -11,7 +11,9 @@ from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
+from transhume.api.operation_routes import add_operation_routes
 from transhume.api.pool_routes import add_pool_routes
+from transhume.api.problem import PROBLEM
 from transhume.api.schemas import (
     AuthorityText,
     CreateVmRequest,
@@ -39,7 +41,7 @@ STREAM_BEAT_S = 5.0
 
 def farm_router(controller: Controller) -> APIRouter:
     """Routes under /v1."""
-    router = APIRouter(prefix="/v1")
+    router = APIRouter(prefix="/v1", responses={"default": PROBLEM})
     _add_host_routes(router, controller)
     _add_vm_routes(router, controller)
     _add_vm_io_routes(router, controller)
@@ -47,6 +49,7 @@ def farm_router(controller: Controller) -> APIRouter:
     _add_revival_routes(router, controller)
     add_baseline_routes(router, controller)
     add_pool_routes(router, controller)
+    add_operation_routes(router, controller)
     return router
 
 

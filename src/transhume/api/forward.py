@@ -25,6 +25,8 @@ from transhume.trust.names import CONTROLLER_NAME
 
 log = logging.getLogger(__name__)
 
+LAST_EVENT_ID = "last-event-id"
+
 _KEPT_HEADERS = ("content-type", "content-length")
 
 OPEN_TIMEOUT_S = 5.0
@@ -41,6 +43,10 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
     @router.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
     async def forward(request: Request, path: str) -> Response:
         query = f"?{request.url.query}" if request.url.query else ""
+        last_id = request.headers.get(LAST_EVENT_ID, "")
+        if last_id.isascii() and last_id.isdigit():
+            # Headers stay here: a stream that is taken up again says the same in its address.
+            query += f"{'&' if query else '?'}after={last_id}"
         raw_path = request.scope["raw_path"].decode("latin-1")
         return _Forwarded(config, tls, request.method, f"{raw_path}{query}", await request.body())
 

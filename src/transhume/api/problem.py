@@ -16,6 +16,27 @@ from transhume.model.errors import ERRORS_BY_CODE, HostLost, PreflightFailed, Tr
 
 CONTENT_TYPE = "application/problem+json"
 
+PROBLEM: dict[str, Any] = {
+    "description": "A problem; its code says which",
+    "content": {
+        CONTENT_TYPE: {
+            "schema": {
+                "type": "object",
+                "required": ["type", "title", "status", "code", "detail"],
+                "properties": {
+                    "type": {"type": "string"},
+                    "title": {"type": "string"},
+                    "status": {"type": "integer"},
+                    "code": {"type": "string"},
+                    "detail": {"type": "string"},
+                    "reasons": {"type": "array", "items": {"type": "string"}},
+                },
+            }
+        }
+    },
+}
+"""How the OpenAPI document tells of errors."""
+
 _MOST_TEXT = 4000
 """What is kept of an answer that is no problem, for the message about it."""
 

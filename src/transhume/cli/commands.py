@@ -13,6 +13,7 @@ from transhume.cli import (
     drain_commands,
     farm_commands,
     migrate_commands,
+    operation_commands,
     pool_commands,
     vm_commands,
 )
@@ -23,7 +24,6 @@ app = typer.Typer(
     name="transhume",
     help="Move running QEMU VMs between plain Linux hosts.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -60,6 +60,9 @@ app.command("migrate")(migrate_commands.migrate)
 app.command("cancel")(migrate_commands.cancel)
 app.command("migrations")(migrate_commands.migrations)
 app.command("migration")(migrate_commands.migration)
+app.command("events")(operation_commands.events)
+app.command("operations")(operation_commands.operations)
+app.command("operation")(operation_commands.operation)
 
 
 @app.command("demo")

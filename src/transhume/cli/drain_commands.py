@@ -10,6 +10,7 @@ import typer
 from pydantic import ValidationError
 
 from transhume.api.client import FarmClient
+from transhume.cli.completion import host_names
 from transhume.cli.drain_follow import follow_drain, view_for
 from transhume.cli.pool_tables import drain_report, plan_report
 from transhume.cli.quantities import parse_rate_bytes_s, parse_time_s
@@ -19,7 +20,9 @@ from transhume.farm.drain_record import DEFAULT_PARALLEL, Drain, DrainOptions, S
 from transhume.model.errors import Refused
 from transhume.model.migration import MigrationOptions
 
-HostArgument = Annotated[str, typer.Argument(metavar="HOST", help="A member of the farm.")]
+HostArgument = Annotated[
+    str, typer.Argument(metavar="HOST", help="A member of the farm.", autocompletion=host_names)
+]
 ParallelOption = Annotated[int, typer.Option("--parallel", metavar="N", help="At most so many VMs at once.")]
 PerHostOption = Annotated[
     int | None, typer.Option("--per-host", metavar="N", help="At most so many to one host at once.")

@@ -19,7 +19,9 @@ from pydantic import ValidationError
 from transhume.api.client import FarmClient
 from transhume.api.http_connection import authority
 from transhume.cli import daemon_process
+from transhume.cli.completion import host_names
 from transhume.cli.examination import Candidate, demand_fit, examine_alone, examine_towards
+from transhume.cli.output import Output, OutputOption
 from transhume.cli.session import JsonFlag, Session, demand_root, say, say_json, session, words_of
 from transhume.cli.tables import hosts_table, show
 from transhume.farm.members import Invitation
@@ -235,19 +237,19 @@ def token(
         say(_join_command(config, invitation))
 
 
-def hosts(context: typer.Context, as_json: JsonFlag = False) -> None:
+def hosts(context: typer.Context, output: OutputOption = Output.TABLE, as_json: JsonFlag = False) -> None:
     """List the hosts of the farm with their resources."""
-    current = session(context, as_json)
+    current = session(context, as_json or output is Output.JSON)
     found = current.call(lambda client: client.hosts())
     if current.as_json:
         say_json(list(found))
     else:
-        show(hosts_table(found, time.time()))
+        show(hosts_table(found, time.time(), output is Output.WIDE))
 
 
 def remove(
     context: typer.Context,
-    host: Annotated[str, typer.Argument(help="A host that owns no VM.")],
+    host: Annotated[str, typer.Argument(help="A host that owns no VM.", autocompletion=host_names)],
     as_json: JsonFlag = False,
 ) -> None:
     """Remove a host from the farm. From then on its certificate opens nothing."""

@@ -9,8 +9,10 @@ import typer
 from pydantic import ValidationError
 
 from transhume.api.client import FarmClient
+from transhume.cli.completion import host_names, migration_ids, migrations_and_vms, vm_names
 from transhume.cli.follow import follow, view_for, what_it_waits_for
 from transhume.cli.migration_tables import dry_run_report, migration_report, migrations_table
+from transhume.cli.output import Output, OutputOption
 from transhume.cli.quantities import parse_rate_bytes_s, parse_time_ms, parse_time_s
 from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
 from transhume.cli.tables import show
@@ -31,8 +33,11 @@ class Action(StrEnum):
 
 def migrate(
     context: typer.Context,
-    vm: Annotated[str, typer.Argument(metavar="VM", help="A running VM.")],
-    to: Annotated[str | None, typer.Option("--to", help="The destination; default: the best one.")] = None,
+    vm: Annotated[str, typer.Argument(metavar="VM", help="A running VM.", autocompletion=vm_names)],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", help="The destination; default: the best one.", autocompletion=host_names),
+    ] = None,
     engine: Annotated[Engine, typer.Option("--engine", help="Who moves the memory.")] = _DEFAULTS.engine,
     max_downtime: Annotated[
         str,
@@ -179,7 +184,12 @@ def _dry_run(current: Session, vm: str, to: str | None, options: MigrationOption
 
 def cancel(
     context: typer.Context,
-    reference: Annotated[str, typer.Argument(metavar="MIGRATION|VM", help="Its id, or the name of the VM.")],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="MIGRATION|VM", help="Its id, or the name of the VM.", autocompletion=migrations_and_vms
+        ),
+    ],
     as_json: JsonFlag = False,
 ) -> None:
     """Give up a migration; after its commit, say where the VM runs. Exit code 2 when it was too late.
@@ -212,20 +222,23 @@ def migrations(
     limit: Annotated[
         int, typer.Option("--limit", "-n", min=1, max=500, help="Only the latest so many.")
     ] = 100,
+    output: OutputOption = Output.TABLE,
     as_json: JsonFlag = False,
 ) -> None:
     """List the migrations, past and under way."""
-    current = session(context, as_json)
+    current = session(context, as_json or output is Output.JSON)
     found: list[Migration] = current.call(lambda client: client.migrations(limit))
     if current.as_json:
         say_json(list(found))
     else:
-        show(migrations_table(found))
+        show(migrations_table(found, output is Output.WIDE))
 
 
 def migration(
     context: typer.Context,
-    identity: Annotated[str, typer.Argument(metavar="MIGRATION", help="Its id.")],
+    identity: Annotated[
+        str, typer.Argument(metavar="MIGRATION", help="Its id.", autocompletion=migration_ids)
+    ],
     action: Annotated[
         Action, typer.Argument(metavar="[ACTION]", help="show, set, or switch-to-post-copy.")
     ] = Action.SHOW,

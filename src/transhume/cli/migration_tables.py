@@ -21,9 +21,23 @@ _DOWNTIME_PARTS = (
 )
 
 
-def migrations_table(migrations: list[Migration]) -> Table:
+def migrations_table(migrations: list[Migration], wide: bool = False) -> Table:
+    """`wide`: with more columns."""
+    headings = (
+        "MIGRATION",
+        "VM",
+        "FROM",
+        "TO",
+        "ENGINE",
+        "OUTCOME",
+        "TOTAL",
+        "DOWNTIME",
+        "SENT",
+        "RUNS AT",
+        "WHEN",
+    )
     table = plain_table(
-        "MIGRATION", "VM", "FROM", "TO", "ENGINE", "OUTCOME", "TOTAL", "DOWNTIME", "SENT", "RUNS AT", "WHEN"
+        *headings, *(("MODE", "PASSES", "EPOCH", "SWITCHED BECAUSE", "ERROR") if wide else ())
     )
     for record in migrations:
         report = record.report
@@ -40,8 +54,19 @@ def migrations_table(migrations: list[Migration]) -> Table:
             bytes_in_words(report.wire_bytes) if report.wire_bytes else "-",
             record.runs_at,
             clock(record.created_at_s),
+            *(_wide(record) if wide else ()),
         )
     return table
+
+
+def _wide(record: Migration) -> tuple[str, ...]:
+    return (
+        record.options.mode.value,
+        str(len(record.report.iterations)) if record.report.iterations else "-",
+        str(record.epoch),
+        record.report.switch_reason or "-",
+        record.error or "-",
+    )
 
 
 def migration_report(record: Migration) -> Group:

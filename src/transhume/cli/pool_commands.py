@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from transhume.cli.completion import host_names
 from transhume.cli.pool_tables import farm_report, rules_table
 from transhume.cli.quantities import parse_size_bytes
 from transhume.cli.session import JsonFlag, say, say_json, session, words_of
@@ -41,7 +42,9 @@ def farm(
 
 def set_host(
     context: typer.Context,
-    host: Annotated[str, typer.Argument(metavar="HOST", help="A member of the farm.")],
+    host: Annotated[
+        str, typer.Argument(metavar="HOST", help="A member of the farm.", autocompletion=host_names)
+    ],
     reserve_memory: Annotated[
         str | None, typer.Option("--reserve-memory", metavar="SIZE", help="What it keeps for itself: 2G.")
     ] = None,

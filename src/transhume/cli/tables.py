@@ -41,10 +41,24 @@ def ms_in_words(duration_ms: float) -> str:
     return f"{duration_ms / 1000:.1f} s"
 
 
-def hosts_table(hosts: list[HostStatus], now_s: float) -> Table:
-    """`now_s`: a certificate that should have been renewed by then is told."""
+_HOSTS_WIDE = ("RELEASE", "CPU", "OTHER ADDRESSES", "JOINED", "CERTIFICATE UNTIL")
+_VMS_WIDE = ("EPOCH", "MACHINE", "CPU", "DISKS", "LABELS", "CREATED")
+
+
+def hosts_table(hosts: list[HostStatus], now_s: float, wide: bool = False) -> Table:
+    """`now_s`: a certificate that should have been renewed by then is told. `wide`: with more columns."""
     table = plain_table(
-        "HOST", "STATE", "ADDRESS", "CPUS", "MEMORY FREE", "QEMU", "KERNEL", "KVM", "MOVES", "VMS"
+        "HOST",
+        "STATE",
+        "ADDRESS",
+        "CPUS",
+        "MEMORY FREE",
+        "QEMU",
+        "KERNEL",
+        "KVM",
+        "MOVES",
+        "VMS",
+        *(_HOSTS_WIDE if wide else ()),
     )
     for host in hosts:
         inventory = host.inventory
@@ -64,11 +78,23 @@ def hosts_table(hosts: list[HostStatus], now_s: float) -> Table:
             "no" if inventory.kvm_obstacle else "yes",
             "by QEMU only" if inventory.tracking_obstacles else "yes",
             ", ".join(host.vms) or "-",
+            *(_host_wide(host) if wide else ()),
         )
     if hosts:
         table.caption = "* carries the controller"
         table.caption_justify = "left"
     return table
+
+
+def _host_wide(host: HostStatus) -> tuple[str, ...]:
+    inventory = host.inventory
+    return (
+        inventory.transhume_version,
+        inventory.cpu_vendor or "-",
+        ", ".join(inventory.other_addresses) or "-",
+        clock(host.joined_at_s),
+        clock(host.certificate_expires_at_s),
+    )
 
 
 def _certificate_short(host: HostStatus, now_s: float) -> str:
@@ -78,8 +104,10 @@ def _certificate_short(host: HostStatus, now_s: float) -> str:
     return f"; certificate ends in {left_s / 86400:.1f} days" if left_s > 0 else "; certificate has ended"
 
 
-def vms_table(vms: list[Vm]) -> Table:
-    table = plain_table("VM", "STATE", "HOST", "MEMORY", "CPUS", "ACCEL", "MIGRATION")
+def vms_table(vms: list[Vm], wide: bool = False) -> Table:
+    """`wide`: with more columns."""
+    headings = ("VM", "STATE", "HOST", "MEMORY", "CPUS", "ACCEL", "MIGRATION")
+    table = plain_table(*headings, *(_VMS_WIDE if wide else ()))
     for vm in vms:
         table.add_row(
             vm.spec.name,
@@ -89,8 +117,20 @@ def vms_table(vms: list[Vm]) -> Table:
             str(vm.spec.cpus),
             vm.spec.accel.value,
             " then ".join(filter(None, (vm.migration, vm.queued))) or "-",
+            *(_vm_wide(vm) if wide else ()),
         )
     return table
+
+
+def _vm_wide(vm: Vm) -> tuple[str, ...]:
+    return (
+        str(vm.ownership.epoch),
+        vm.spec.machine_type or "-",
+        vm.spec.cpu_model or "-",
+        ", ".join(disk.path for disk in vm.spec.disks) or "-",
+        ", ".join(vm.labels) or "-",
+        clock(vm.created_at_s),
+    )
 
 
 def vm_details(vm: Vm) -> Table:

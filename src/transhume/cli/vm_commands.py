@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from transhume.cli.completion import vm_names
+from transhume.cli.output import Output, OutputOption
 from transhume.cli.pool_commands import LabelOption, UnlabelOption
 from transhume.cli.quantities import parse_size_bytes, parse_time_s
 from transhume.cli.session import JsonFlag, Session, plain, say, say_json, session, words_of
@@ -17,7 +19,7 @@ from transhume.farm.revival import Revival
 from transhume.model.errors import Refused
 from transhume.model.vm import Accel, Disk, Display, Vm, VmSpec
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The VM's name.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="The VM's name.", autocompletion=vm_names)]
 
 app = typer.Typer(name="vm", help="Make, start, stop and look at VMs.", no_args_is_help=True)
 
@@ -229,14 +231,14 @@ def show_vm(context: typer.Context, name: NameArgument, as_json: JsonFlag = Fals
 
 
 @app.command("list")
-def list_vms(context: typer.Context, as_json: JsonFlag = False) -> None:
+def list_vms(context: typer.Context, output: OutputOption = Output.TABLE, as_json: JsonFlag = False) -> None:
     """List the VMs of the farm."""
-    current = session(context, as_json)
+    current = session(context, as_json or output is Output.JSON)
     vms = current.call(lambda client: client.vms())
     if current.as_json:
         say_json(list(vms))
     else:
-        show(vms_table(vms))
+        show(vms_table(vms, output is Output.WIDE))
 
 
 @app.command("log")

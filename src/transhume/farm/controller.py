@@ -15,15 +15,18 @@ from collections.abc import Callable, Mapping
 from transhume.farm.admission import Admission
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
+from transhume.farm.feed import Feed
 from transhume.farm.limits import Limits
 from transhume.farm.members import Links, Members
 from transhume.farm.migrations import Migrations
+from transhume.farm.operations import Operations
 from transhume.farm.overview import Overview
 from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
 from transhume.farm.revival import Revivals
 from transhume.farm.rulebook import Rulebook
 from transhume.farm.vms import Vms
+from transhume.farm.watcher import Watcher
 from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, TranshumeError, Unauthorized
 from transhume.model.host import HostInventory
@@ -57,10 +60,13 @@ class Controller:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
-        records = FarmRecords(store)
+        first_id = int(clock_s() * 1000) + 1
+        self.feed = Feed(first_id, clock_s)
+        self._watcher = Watcher(store, self.feed)
+        records = FarmRecords(self._watcher.store)
         self._register = OwnershipRegister(records)
         # Numbers that begin with the clock in milliseconds go on rising after a restart.
-        self.events = EventLog(first_id=int(clock_s() * 1000) + 1)
+        self.events = EventLog(first_id)
         self.members = Members(records, links, own, clock_s, self._limits)
         self.admission = Admission(records, self.members, clock_s)
         self.vms = Vms(records, self.members, clock_s, self.admission)
@@ -79,6 +85,7 @@ class Controller:
             clock_s,
             self._limits,
         )
+        self.operations = Operations(records, self.migrations, self.drains, self.feed)
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}
@@ -86,6 +93,7 @@ class Controller:
     async def start(self) -> None:
         """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
         await self.members.start()
+        await self._watcher.watch(self.members, self.events)
         await self.migrations.start()
         await self.drains.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
@@ -99,6 +107,7 @@ class Controller:
         await self.drains.close()
         await self.migrations.close()
         self.events.close()
+        await self._watcher.close()
 
     async def ownership(self, vm: str) -> Ownership:
         return await self._register.read(vm)

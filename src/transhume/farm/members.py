@@ -32,6 +32,8 @@ from transhume.trust.token import Token, hash_of
 
 _KEPT_CERTIFICATES = 3
 
+OnStates = Callable[[str, Mapping[str, VmState], Mapping[str, VmState]], None]
+
 
 class Links(Protocol):
     """How the controller reaches a host: over the network, or directly on its own machine."""
@@ -93,6 +95,8 @@ class Members:
         self._seen_at_s: dict[str, float] = {}
         self._inventories: dict[str, HostInventory] = {}
         self._vm_states: dict[str, dict[str, VmState]] = {}
+        self.on_states: OnStates | None = None
+        """Hears what a host said of its VMs before, and says now."""
 
     async def start(self) -> None:
         """Read the members and the authority, which is made for a new farm. Enter the controller's own host
@@ -263,7 +267,9 @@ class Members:
             raise NotFound(f"host {name} is not a member of this farm; let it join again")
         self._seen_at_s[name] = self._clock_s()
         self._inventories[name] = inventory
-        self._vm_states[name] = dict(vm_states)
+        before, self._vm_states[name] = self._vm_states.get(name), dict(vm_states)
+        if self.on_states is not None and before is not None and before != vm_states:
+            self.on_states(name, before, vm_states)
         if known.inventory is not None and _equipment(known.inventory) == _equipment(inventory):
             return
         kept = await self._records.host(name)
@@ -352,7 +358,10 @@ class Members:
 
     def note_vm_state(self, host: str, vm: str, state: VmState) -> None:
         """What the controller itself just brought about, until the next heartbeat confirms it."""
-        self._vm_states.setdefault(host, {})[vm] = state
+        states = self._vm_states.setdefault(host, {})
+        before, states[vm] = states.get(vm, VmState.STOPPED), state
+        if self.on_states is not None:
+            self.on_states(host, {vm: before}, {vm: state})
 
     def _inventory(self, name: str) -> HostInventory | None:
         return self._inventories.get(name) or self._hosts[name].inventory
