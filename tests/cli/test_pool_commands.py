@@ -46,7 +46,7 @@ async def test_a_vm_is_placed_or_refused_with_the_numbers() -> None:
             "promised)",
         ]
         changed = await transhume(alpha, "vm", "set", "web", "--no-reserve", "--unlabel", "db")
-        assert changed.out == "VM web has the labels -; it has a share while it runs\n"
+        assert changed.out == "VM web has 4096 MiB and the labels -; it has a share while it runs\n"
         assert (await transhume(alpha, "vm", "set", "web")).code == 2
         assert (await transhume(alpha, "host", "set", "alpha")).code == 2
 
