@@ -31,6 +31,7 @@ from transhume.store.sqlite import SqliteStore
 from transhume.trust.credentials import Credentials
 
 HEARTBEAT_S = 3.0
+LEASE_LOOK_S = 1.0
 STATE_DIR_MODE = 0o711
 """QEMU, without privileges, must be able to pass through to its own VM's folder, and read nothing."""
 
@@ -88,6 +89,7 @@ class Daemon:
         controller: Controller | None,
         credentials: Credentials,
     ) -> None:
+        service.unsettle()
         app = create_app(self._config, service, controller, credentials)
         serving = asyncio.create_task(
             serve(app, self._config, credentials.server(), self._ready, self._stop), name="serve"
@@ -99,6 +101,7 @@ class Daemon:
         if not serving.done():
             service.recover()
             working = [
+                asyncio.create_task(self._watch_lease(service), name="lease"),
                 asyncio.create_task(self._beat(service, link), name="heartbeat"),
                 asyncio.create_task(self._renew(link, credentials), name="renewal"),
             ]
@@ -123,17 +126,31 @@ class Daemon:
         failing = False
         while True:
             try:
+                asked_at_s = time.monotonic()
                 reply = await link.heartbeat(
                     self._config.name, await service.inventory(), await service.vm_states()
                 )
                 failing = False
                 for name in await service.end_disowned(reply.disowned):
                     log.warning("VM %s belongs to another host by now: it was ended here", name)
+                service.settle()
+                await service.strict.answered(asked_at_s, reply.strict)
             except TranshumeError as error:
                 if not failing:
                     log.warning("the controller did not take the heartbeat: %s", error.message)
                 failing = True
             await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch_lease(self, service: HostService) -> None:
+        """Stop strict VMs when the register was silent for too long; after that nothing starts unasked."""
+        while True:
+            if service.strict.lease_is_over:
+                service.unsettle()
+            try:
+                await service.strict.look()
+            except TranshumeError as error:
+                log.warning("the strict VMs could not be looked after: %s", error.message)
+            await asyncio.sleep(LEASE_LOOK_S)
 
     async def _renew(self, link: ControllerLink, credentials: Credentials) -> None:
         """Ask for the next certificate in time, and show it from then on."""

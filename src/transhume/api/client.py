@@ -106,7 +106,13 @@ class FarmClient:
         return await self._calls.ask("GET", f"/v1/vms/{part(name)}", Vm)
 
     async def create_vm(
-        self, spec: VmSpec, host: str | None, labels: tuple[str, ...] = (), reserve: bool = False
+        self,
+        spec: VmSpec,
+        host: str | None,
+        labels: tuple[str, ...] = (),
+        reserve: bool = False,
+        restart_elsewhere: bool = False,
+        strict: bool = False,
     ) -> Vm:
         """Without `host` the farm places it. Raises `PreflightFailed` with all reasons when it fits
         nowhere.
@@ -116,6 +122,10 @@ class FarmClient:
             body["labels"] = labels
         if reserve:
             body["reserve"] = reserve
+        if restart_elsewhere:
+            body["restart_elsewhere"] = restart_elsewhere
+        if strict:
+            body["strict"] = strict
         return await self._calls.ask("POST", "/v1/vms", Vm, body)
 
     async def start_vm(self, name: str, ignore_rules: bool = False) -> Vm:

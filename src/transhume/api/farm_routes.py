@@ -87,7 +87,9 @@ def _add_vm_routes(router: APIRouter, controller: Controller) -> None:
 
     @router.post("/vms", status_code=201)
     async def create_vm(body: CreateVmRequest) -> Vm:
-        return await vms.create(body.spec, body.host, body.labels, body.reserve)
+        return await vms.create(
+            body.spec, body.host, body.labels, body.reserve, body.restart_elsewhere, body.strict
+        )
 
     @router.get("/vms/{name}")
     async def show_vm(name: Name) -> Vm:

@@ -6,6 +6,7 @@ from pydantic import TypeAdapter
 
 from transhume.api.http_calls import HttpCalls, part
 from transhume.farm.drain_record import Drain, DrainOptions
+from transhume.farm.fencing import FenceReport
 from transhume.farm.overview import FarmView
 from transhume.farm.rulebook import RuleView
 from transhume.farm.rules import Rule
@@ -16,6 +17,9 @@ _MAYBE_DRAIN: TypeAdapter[Drain | None] = TypeAdapter(Drain | None)
 
 PLAN_TIMEOUT_S = 120.0
 """A plan asks every VM's host, and the hosts that it may go to."""
+
+FENCE_TIMEOUT_S = 600.0
+"""The fence command has a limit of its own; after it every marked VM is started."""
 
 
 class PoolClient:
@@ -28,8 +32,22 @@ class PoolClient:
         """What the farm has, what is promised, and whether it could lose a host."""
         return await self._calls.ask("GET", "/v1/farm", FarmView)
 
-    async def set_farm(self, cpu_overcommit: float) -> None:
-        await self._calls.send("POST", "/v1/farm/settings", {"cpu_overcommit": cpu_overcommit})
+    async def set_farm(self, cpu_overcommit: float | None = None, fence_command: str | None = None) -> None:
+        """What is None stays as it is."""
+        body: dict[str, object] = {"cpu_overcommit": cpu_overcommit}
+        if fence_command is not None:
+            body["fence_command"] = fence_command
+        await self._calls.send("POST", "/v1/farm/settings", body)
+
+    async def fence_report(self, host: str) -> FenceReport:
+        """Since when a host is lost or fenced, and what becomes of its VMs."""
+        return await self._calls.ask("GET", f"/v1/hosts/{part(host)}/fence", FenceReport)
+
+    async def fence(self, host: str, powered_off: bool = False, force: bool = False) -> FenceReport:
+        """Switch a lost host off, or say that it is, and start its marked VMs elsewhere."""
+        body = {"powered_off": powered_off, "force": force}
+        path = f"/v1/hosts/{part(host)}/fence"
+        return await self._calls.ask("POST", path, FenceReport, body, timeout_s=FENCE_TIMEOUT_S)
 
     async def set_host(
         self,
@@ -38,14 +56,17 @@ class PoolClient:
         cpu_overcommit: float | None = None,
         add_labels: tuple[str, ...] = (),
         remove_labels: tuple[str, ...] = (),
+        fence_command: str | None = None,
     ) -> None:
         """What is None stays as it is."""
-        body = {
+        body: dict[str, object] = {
             "reserve_memory_bytes": reserve_memory_bytes,
             "cpu_overcommit": cpu_overcommit,
             "add_labels": add_labels,
             "remove_labels": remove_labels,
         }
+        if fence_command is not None:
+            body["fence_command"] = fence_command
         await self._calls.send("POST", f"/v1/hosts/{part(name)}/settings", body)
 
     async def set_vm(
@@ -54,8 +75,19 @@ class PoolClient:
         add_labels: tuple[str, ...] = (),
         remove_labels: tuple[str, ...] = (),
         reserve: bool | None = None,
+        restart_elsewhere: bool | None = None,
+        strict: bool | None = None,
     ) -> Vm:
-        body = {"add_labels": add_labels, "remove_labels": remove_labels, "reserve": reserve}
+        """What is None stays as it is."""
+        body: dict[str, object] = {
+            "add_labels": add_labels,
+            "remove_labels": remove_labels,
+            "reserve": reserve,
+        }
+        if restart_elsewhere is not None:
+            body["restart_elsewhere"] = restart_elsewhere
+        if strict is not None:
+            body["strict"] = strict
         return await self._calls.ask("POST", f"/v1/vms/{part(name)}/settings", Vm, body)
 
     async def set_vm_memory(self, name: str, memory_bytes: int) -> Vm:

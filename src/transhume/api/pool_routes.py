@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
+from transhume.api.controller_routes import Caller
 from transhume.api.schemas import (
     DrainRequest,
     FarmSettingsRequest,
+    FenceRequest,
     GrowVmRequest,
     HostSettingsRequest,
     Name,
@@ -15,9 +17,11 @@ from transhume.api.schemas import (
 )
 from transhume.farm.controller import Controller
 from transhume.farm.drain_record import Drain
+from transhume.farm.fencing import FenceReport
 from transhume.farm.overview import FarmView
 from transhume.farm.rulebook import RuleView
 from transhume.farm.rules import Rule
+from transhume.model.errors import Unauthorized
 from transhume.model.vm import Vm
 
 
@@ -25,6 +29,7 @@ def add_pool_routes(router: APIRouter, controller: Controller) -> None:
     """Add them to the router of /v1."""
     _add_settings_routes(router, controller)
     _add_rule_routes(router, controller)
+    _add_fence_routes(router, controller)
     _add_drain_routes(router, controller)
 
 
@@ -36,23 +41,52 @@ def _add_settings_routes(router: APIRouter, controller: Controller) -> None:
         return await overview.view()
 
     @router.post("/farm/settings", status_code=204)
-    async def set_farm(body: FarmSettingsRequest) -> None:
-        await overview.configure_farm(body.cpu_overcommit)
+    async def set_farm(body: FarmSettingsRequest, who: Caller) -> None:
+        _demand_controllers_root(who, body.fence_command)
+        await overview.configure_farm(body.cpu_overcommit, body.fence_command)
 
     @router.post("/hosts/{name}/settings", status_code=204)
-    async def set_host(name: Name, body: HostSettingsRequest) -> None:
+    async def set_host(name: Name, body: HostSettingsRequest, who: Caller) -> None:
+        _demand_controllers_root(who, body.fence_command)
         await overview.configure_host(
-            name, body.reserve_memory_bytes, body.cpu_overcommit, body.add_labels, body.remove_labels
+            name,
+            body.reserve_memory_bytes,
+            body.cpu_overcommit,
+            body.add_labels,
+            body.remove_labels,
+            body.fence_command,
         )
 
     @router.post("/vms/{name}/settings")
     async def set_vm(name: Name, body: VmSettingsRequest) -> Vm:
-        return await controller.vms.configure(name, body.add_labels, body.remove_labels, body.reserve)
+        return await controller.vms.configure(
+            name, body.add_labels, body.remove_labels, body.reserve, body.restart_elsewhere, body.strict
+        )
 
     @router.post("/vms/{name}/memory")
     async def grow_vm(name: Name, body: GrowVmRequest) -> Vm:
         """While it runs it can only grow, up to what it was made for."""
         return await controller.vms.set_memory(name, body.memory_bytes)
+
+
+def _demand_controllers_root(who: str | None, fence_command: str | None) -> None:
+    """The command runs as root on the controller's host: nobody sets it who is not root there already."""
+    if who is not None and fence_command is not None:
+        raise Unauthorized("a fence command is set on the controller's host and nowhere else")
+
+
+def _add_fence_routes(router: APIRouter, controller: Controller) -> None:
+    fencing = controller.fencing
+
+    @router.get("/hosts/{name}/fence")
+    async def show_fence(name: Name) -> FenceReport:
+        """Since when the host is lost or fenced, and what becomes of its VMs."""
+        return await fencing.show(name)
+
+    @router.post("/hosts/{name}/fence")
+    async def fence(name: Name, body: FenceRequest) -> FenceReport:
+        """Switch a lost host off and start its marked VMs elsewhere; the answer tells what came of each."""
+        return await fencing.fence(name, body.powered_off, body.force)
 
 
 def _add_rule_routes(router: APIRouter, controller: Controller) -> None:

@@ -17,6 +17,7 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 MigrationId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 Labels = Annotated[tuple[Name, ...], Field(max_length=50)]
 CpuOvercommit = Annotated[float, Field(ge=1, le=100)]
+FenceCommand = Annotated[str, Field(max_length=1000)]
 Lines = Annotated[int, Field(ge=1, le=10_000)]
 Pem = Annotated[str, Field(max_length=MAX_PEM_BYTES)]
 TimeoutS = Annotated[float, Field(gt=0, le=3600)]
@@ -81,33 +82,55 @@ class AuthorityText(Body):
 
 
 class CreateVmRequest(Body):
-    """`host` is who shall own the VM; without it, the best one. With `reserve` its share is kept for it."""
+    """`host` is who shall own the VM; without it, the best one. With `reserve` its share is kept for it.
+
+    With `restart_elsewhere` it is started on another host when its own was fenced; a `strict` one stands
+    still while its host cannot reach the register.
+    """
 
     spec: VmSpec
     host: Name | None = None
     labels: Labels = ()
     reserve: bool = False
+    restart_elsewhere: bool = False
+    strict: bool = False
 
 
 class VmSettingsRequest(Body):
-    """Labels to add and to take away, and whether its host keeps its share while it is stopped."""
+    """Labels to add and to take away, and what shall hold for the VM; what is None stays as it is."""
 
     add_labels: Labels = ()
     remove_labels: Labels = ()
     reserve: bool | None = None
+    restart_elsewhere: bool | None = None
+    strict: bool | None = None
 
 
 class HostSettingsRequest(Body):
-    """What is None stays as it is. `reserve_memory_bytes` is what the host keeps for itself."""
+    """What is None stays as it is. `reserve_memory_bytes` is what the host keeps for itself.
+
+    `fence_command` is only taken on the controller's host.
+    """
 
     reserve_memory_bytes: int | None = Field(default=None, ge=0)
     cpu_overcommit: CpuOvercommit | None = None
     add_labels: Labels = ()
     remove_labels: Labels = ()
+    fence_command: FenceCommand | None = None
 
 
 class FarmSettingsRequest(Body):
-    cpu_overcommit: CpuOvercommit
+    """What is None stays as it is. `fence_command` is only taken on the controller's host."""
+
+    cpu_overcommit: CpuOvercommit | None = None
+    fence_command: FenceCommand | None = None
+
+
+class FenceRequest(Body):
+    """`powered_off`: somebody has switched the host off by hand. `force`: although it may not be lost."""
+
+    powered_off: bool = False
+    force: bool = False
 
 
 class DrainRequest(Body):

@@ -12,6 +12,7 @@ from transhume.cli import (
     doctor_commands,
     drain_commands,
     farm_commands,
+    fence_commands,
     migrate_commands,
     operation_commands,
     pool_commands,
@@ -53,6 +54,8 @@ app.command("status")(farm_commands.status)
 app.add_typer(vm_commands.app)
 app.command("farm")(pool_commands.farm)
 farm_commands.host_app.command("set")(pool_commands.set_host)
+farm_commands.host_app.command("show")(fence_commands.show_host)
+farm_commands.host_app.command("fence")(fence_commands.fence)
 app.add_typer(pool_commands.rule_app)
 app.command("drain")(drain_commands.drain)
 app.command("undrain")(drain_commands.undrain)

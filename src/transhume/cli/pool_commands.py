@@ -20,6 +20,15 @@ rule_app = typer.Typer(name="rule", help="Say which VMs may be where.", no_args_
 LabelOption = Annotated[list[str] | None, typer.Option("--label", help="A label for rules. May repeat.")]
 UnlabelOption = Annotated[list[str] | None, typer.Option("--unlabel", help="Take a label away. May repeat.")]
 
+FenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fence-command",
+        metavar="COMMAND",
+        help="What switches a lost host off (on the controller's host only; it is told TRANSHUME_HOST).",
+    ),
+]
+
 
 def farm(
     context: typer.Context,
@@ -27,12 +36,13 @@ def farm(
         float | None,
         typer.Option("--cpu-overcommit", metavar="F", help="Promise each CPU so often, on every host."),
     ] = None,
+    fence_command: FenceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show the farm as one pool: what it has, what is promised, whether it could lose a host."""
     current = session(context, as_json)
-    if cpu_overcommit is not None:
-        current.call(lambda client: client.pool.set_farm(cpu_overcommit))
+    if cpu_overcommit is not None or fence_command is not None:
+        current.call(lambda client: client.pool.set_farm(cpu_overcommit, fence_command))
     view = current.call(lambda client: client.pool.view())
     if current.as_json:
         say_json(view)
@@ -53,15 +63,20 @@ def set_host(
     ] = None,
     label: LabelOption = None,
     unlabel: UnlabelOption = None,
+    fence_command: FenceOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Set what a host keeps for itself, how often its CPUs are promised, and its labels."""
+    """Set what a host keeps for itself, how often its CPUs are promised, its labels, what switches it off."""
     current = session(context, as_json)
     reserve_bytes = None if reserve_memory is None else parse_size_bytes(reserve_memory)
     add, remove = tuple(label or ()), tuple(unlabel or ())
-    if reserve_bytes is None and cpu_overcommit is None and not add and not remove:
-        raise Refused("say what to set: --reserve-memory, --cpu-overcommit, --label or --unlabel")
-    current.call(lambda client: client.pool.set_host(host, reserve_bytes, cpu_overcommit, add, remove))
+    if reserve_bytes is None and cpu_overcommit is None and not add and not remove and fence_command is None:
+        raise Refused(
+            "say what to set: --reserve-memory, --cpu-overcommit, --label, --unlabel or --fence-command"
+        )
+    current.call(
+        lambda client: client.pool.set_host(host, reserve_bytes, cpu_overcommit, add, remove, fence_command)
+    )
     if current.as_json:
         say_json({"name": host})
     else:

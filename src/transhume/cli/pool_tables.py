@@ -61,8 +61,10 @@ def farm_report(view: FarmView) -> Group:
 
 
 def state_in_words(host: HostShare) -> Text:
+    if host.fenced:
+        return Text("fenced", style="red")
     if host.silent:
-        return Text("silent", style="red")
+        return Text("unknown", style="red")
     return Text(host.state.value, style="green" if host.state is HostState.ACTIVE else "yellow")
 
 

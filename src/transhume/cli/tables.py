@@ -63,9 +63,9 @@ def hosts_table(hosts: list[HostStatus], now_s: float, wide: bool = False) -> Ta
     for host in hosts:
         inventory = host.inventory
         up = "up" if host.state is HostState.ACTIVE else host.state.value
-        seen = f"silent for {host.seen_ago_s:.0f} s" if host.silent else up
+        seen = _seen(host) or up
         short = _certificate_short(host, now_s)
-        colour = "red" if host.silent or short else "green" if seen == "up" else "yellow"
+        colour = "red" if host.silent or host.fenced_at_s or short else "green" if seen == "up" else "yellow"
         free = f"{inventory.memory_available_bytes // _MIB} of {inventory.memory_bytes // _MIB} MiB"
         table.add_row(
             host.name + ("*" if host.controller else ""),
@@ -97,6 +97,15 @@ def _host_wide(host: HostStatus) -> tuple[str, ...]:
     )
 
 
+def _seen(host: HostStatus) -> str:
+    """What is known of a host that is lost or fenced; empty for any other."""
+    if host.fenced_at_s is not None:
+        return f"fenced since {clock(host.fenced_at_s)}"
+    if host.silent:
+        return f"unknown: silent for {host.seen_ago_s:.0f} s, since {clock(host.lost_since_s or 0)}"
+    return ""
+
+
 def _certificate_short(host: HostStatus, now_s: float) -> str:
     left_s = host.certificate_expires_at_s - now_s
     if host.certificate_expires_at_s == 0 or left_s > _CERTIFICATE_SHORT_S:
@@ -112,7 +121,7 @@ def vms_table(vms: list[Vm], wide: bool = False) -> Table:
         table.add_row(
             vm.spec.name,
             vm.state.value,
-            vm.ownership.owner,
+            vm.ownership.owner + (" (fenced)" if vm.fenced else ""),
             f"{vm.spec.memory_bytes // _MIB} MiB",
             str(vm.spec.cpus),
             vm.spec.accel.value,
@@ -137,7 +146,12 @@ def vm_details(vm: Vm) -> Table:
     spec = vm.spec
     rows = {
         "VM": spec.name,
-        "state": vm.state.value,
+        "state": vm.state.value
+        + (
+            f"; on fenced host {vm.ownership.owner}: start it elsewhere with `transhume vm start {spec.name}`"
+            if vm.fenced
+            else ""
+        ),
         "host": f"{vm.ownership.owner} (epoch {vm.ownership.epoch})",
         "memory": f"{spec.memory_bytes // _MIB} MiB in {spec.numa_nodes} block(s)"
         + (f", at most {spec.max_memory_bytes // _MIB} MiB" if spec.max_memory_bytes else ""),
@@ -156,6 +170,8 @@ def vm_details(vm: Vm) -> Table:
         "queued": vm.queued,
         "labels": ", ".join(vm.labels),
         "reserve": "its share is kept for it while it is stopped" if vm.reserve else "",
+        "if its host is fenced": "starts elsewhere" if vm.restart_elsewhere else "",
+        "if its host is cut off": "stands still" if vm.strict else "",
         "created": clock(vm.created_at_s),
     }
     return _pairs({name: value for name, value in rows.items() if value})

@@ -61,6 +61,12 @@ def create(
     reserve: Annotated[
         bool, typer.Option("--reserve", help="Keep its share of its host while it is stopped too.")
     ] = False,
+    restart_elsewhere: Annotated[
+        bool, typer.Option("--restart-elsewhere", help="Start it on another host when its own was fenced.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Pause it while its host cannot reach the register.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a VM; nothing runs yet."""
@@ -83,7 +89,10 @@ def create(
     except ValidationError as error:
         raise Refused(f"VM {name} cannot be made: {words_of(error)}") from error
     current = session(context, as_json)
-    made = current.call(lambda client: client.create_vm(spec, host, tuple(label or ()), reserve))
+    labels = tuple(label or ())
+    made = current.call(
+        lambda client: client.create_vm(spec, host, labels, reserve, restart_elsewhere, strict)
+    )
     _tell(
         current, made, f"VM {name} is made on {made.ownership.owner}; `transhume vm start {name}` starts it"
     )
@@ -184,23 +193,45 @@ def set_vm(
         bool | None,
         typer.Option("--reserve/--no-reserve", help="Whether to keep its share while it is stopped too."),
     ] = None,
+    restart_elsewhere: Annotated[
+        bool | None,
+        typer.Option(
+            "--restart-elsewhere/--no-restart-elsewhere",
+            help="Whether to start it on another host when its own was fenced.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict/--no-strict", help="Whether to pause it while its host cannot reach the register."
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         typer.Option("--memory", help="All of its RAM. While it runs it can grow up to its --max-memory."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Set a VM's RAM, its labels, and whether its share is kept for it."""
+    """Set a VM's RAM and labels, whether its share is kept, and what happens when its host is lost."""
     current = session(context, as_json)
     add, remove = tuple(label or ()), tuple(unlabel or ())
-    if not add and not remove and reserve is None and memory is None:
-        raise Refused("say what to set: --memory, --label, --unlabel, --reserve or --no-reserve")
+    settings = (reserve, restart_elsewhere, strict, memory)
+    if not add and not remove and all(value is None for value in settings):
+        raise Refused(
+            "say what to set: --memory, --label, --unlabel, --reserve, --restart-elsewhere, --strict, or "
+            "--no-reserve, --no-restart-elsewhere, --no-strict"
+        )
     if memory is not None:
         memory_bytes = parse_size_bytes(memory)
         current.call(lambda client: client.pool.set_vm_memory(name, memory_bytes))
-    vm = current.call(lambda client: client.pool.set_vm(name, add, remove, reserve))
+    vm = current.call(
+        lambda client: client.pool.set_vm(name, add, remove, reserve, restart_elsewhere, strict)
+    )
     kept = "its share is kept for it" if vm.reserve else "it has a share while it runs"
-    _tell(current, vm, f"VM {name} has {_size_of(vm)} and the labels {', '.join(vm.labels) or '-'}; {kept}")
+    lost = "; it starts elsewhere when its host was fenced" if vm.restart_elsewhere else ""
+    lost += "; it stands still while its host is cut off" if vm.strict else ""
+    labels = ", ".join(vm.labels) or "-"
+    _tell(current, vm, f"VM {name} has {_size_of(vm)} and the labels {labels}; {kept}{lost}")
 
 
 def _size_of(vm: Vm) -> str:

@@ -210,6 +210,7 @@ def _room(record: HostRecord, settings: FarmSettings, members: Members) -> HostR
         ),
         cpu_overcommit=record.cpu_overcommit or settings.cpu_overcommit,
         state=record.state,
+        fenced=record.fence is not None,
         silent=members.silent(record.name),
         machine_types=frozenset(inventory.machine_types),
         kvm_obstacle=inventory.kvm_obstacle,

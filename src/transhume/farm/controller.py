@@ -16,6 +16,7 @@ from transhume.farm.admission import Admission
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.feed import Feed
+from transhume.farm.fencing import Fencing
 from transhume.farm.limits import Limits
 from transhume.farm.members import Links, Members
 from transhume.farm.migrations import Migrations
@@ -86,6 +87,7 @@ class Controller:
             self._limits,
         )
         self.operations = Operations(records, self.migrations, self.drains, self.feed)
+        self.fencing = Fencing(records, self.members, self.vms, clock_s)
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}
@@ -94,6 +96,7 @@ class Controller:
         """Read the farm from the store and begin to watch over the migrations. Raises `StoreError`."""
         await self.members.start()
         await self._watcher.watch(self.members, self.events)
+        await self.vms.load()
         await self.migrations.start()
         await self.drains.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
@@ -104,6 +107,7 @@ class Controller:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
             self._sweeping = None
+        await self.fencing.close()
         await self.drains.close()
         await self.migrations.close()
         self.events.close()
@@ -153,7 +157,8 @@ class Controller:
         from the host, which may have come back right before, and again until the host has ended what it was
         told to: the answer may be lost, or the VM's mover still at work there.
         """
-        back = self.members.silent(host)
+        fenced = self.members.fenced(host)
+        back = fenced or self.members.silent(host)
         before = self.members.active_vms(host)
         await self.members.heartbeat(host, inventory, vm_states)
         now = self.members.active_vms(host)
@@ -166,7 +171,13 @@ class Controller:
             except NotFound:
                 continue  # a VM that the farm has forgotten is not the farm's to end
         self._doubtful[host] = set(disowned)
-        return HeartbeatReply(disowned=tuple(disowned))
+        if fenced and not disowned:
+            # Only now: until it has ended what became another's, it gets nothing new to run.
+            await self.members.configure(host, {"fence": None})
+            # A VM may have been given away since the register was read: all are asked for once more.
+            self._doubtful[host] = set(now)
+            log.warning("host %s, which was fenced, is back", host)
+        return HeartbeatReply(disowned=tuple(disowned), strict=self.vms.strict(now))
 
     async def _sweep(self) -> None:
         while True:
@@ -174,5 +185,6 @@ class Controller:
             try:
                 await self.migrations.sweep()
                 self.drains.wake()
+                self.fencing.wake()
             except TranshumeError as error:
                 log.warning("could not look after the migrations: %s", error.message)

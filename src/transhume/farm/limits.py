@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transhume.model.host import LEASE_S
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -15,7 +17,7 @@ class Limits:
     believed after so long if the source, which has measured most of it, says nothing.
     """
 
-    silent_after_s: float = 15.0
+    silent_after_s: float = LEASE_S
     unclaimed_s: float = 60.0
     overdue_s: float = 120.0
     last_word_s: float = 10.0

@@ -44,7 +44,8 @@ class Links(Protocol):
 class HostStatus(Host):
     """A host with what the controller knows of it at this moment. `silent`: it was not heard from lately.
 
-    `certificate_expires_at_s` is when the newest certificate that it was given ends.
+    `certificate_expires_at_s` is when the newest certificate that it was given ends. `lost_since_s` is when
+    it was last heard from while it is silent, `fenced_at_s` since when it counts as switched off; else None.
     """
 
     silent: bool
@@ -52,6 +53,8 @@ class HostStatus(Host):
     seen_ago_s: float
     vms: tuple[str, ...] = ()
     state: HostState = HostState.ACTIVE
+    lost_since_s: float | None = None
+    fenced_at_s: float | None = None
 
 
 class Invitation(BaseModel):
@@ -91,6 +94,7 @@ class Members:
         self._clock_s = clock_s
         self._limits = limits
         self._authority: FarmAuthority | None = None
+        self._started_at_s = clock_s()
         self._hosts: dict[str, HostRecord] = {}
         self._seen_at_s: dict[str, float] = {}
         self._inventories: dict[str, HostInventory] = {}
@@ -345,6 +349,21 @@ class Members:
         seen_at_s = self._seen_at_s.get(name)
         return seen_at_s is None or self._clock_s() - seen_at_s > self._limits.silent_after_s
 
+    def fenced(self, name: str) -> bool:
+        """Whether it counts as switched off."""
+        known = self._hosts.get(name)
+        return known is not None and known.fence is not None
+
+    def lost(self, name: str) -> bool:
+        """Whether it was silent for long enough, also since this controller listens at all."""
+        listening_s = self._clock_s() - self._started_at_s
+        return self.silent(name) and listening_s > self._limits.silent_after_s
+
+    def last_state(self, host: str, vm: str) -> VmState | None:
+        """What the host last said of the VM, however long ago; None when this controller never heard it."""
+        states = self._vm_states.get(host)
+        return None if states is None else states.get(vm, VmState.STOPPED)
+
     def vm_state(self, host: str, vm: str) -> VmState:
         """What the host last said of the VM; `UNKNOWN` while it is silent."""
         if self.silent(host):
@@ -374,6 +393,7 @@ class Members:
                 f"host {name} has joined but its daemon has not reported yet; run `transhume up` on it"
             )
         seen_at_s = self._seen_at_s.get(name, record.joined_at_s)
+        silent = self.silent(name)
         return HostStatus(
             name=name,
             address=record.address,
@@ -382,11 +402,14 @@ class Members:
             last_seen_s=seen_at_s,
             controller=record.controller,
             inventory=inventory,
-            silent=self.silent(name),
+            silent=silent,
             seen_ago_s=max(0.0, self._clock_s() - seen_at_s),
             certificate_expires_at_s=record.certificates[-1].expires_at_s if record.certificates else 0.0,
             vms=vms,
             state=record.state,
+            # A controller that was restarted knows only that it has not heard from it since.
+            lost_since_s=self._seen_at_s.get(name, self._started_at_s) if silent else None,
+            fenced_at_s=record.fence.at_s if record.fence else None,
         )
 
 

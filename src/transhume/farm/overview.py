@@ -7,6 +7,7 @@ import asyncio
 from pydantic import BaseModel, ConfigDict
 
 from transhume.farm.admission import Admission, Situation
+from transhume.farm.fence_command import demand_fence_command
 from transhume.farm.headroom import Loss, losses, worst
 from transhume.farm.members import Members
 from transhume.farm.records import SETTINGS_KEY, FarmRecords, FarmSettings, absent, encode
@@ -28,6 +29,7 @@ class HostShare(BaseModel):
     name: str
     state: HostState
     silent: bool
+    fenced: bool = False
     cpus: int
     cpu_overcommit: float
     promised_cpus: int
@@ -101,12 +103,16 @@ class Overview:
             cpu_overcommit=found.settings.cpu_overcommit,
         )
 
-    async def configure_farm(self, cpu_overcommit: float) -> None:
-        """Change what holds for hosts that are not set otherwise."""
+    async def configure_farm(self, cpu_overcommit: float | None, fence_command: str | None = None) -> None:
+        """Change what holds for hosts that are not set otherwise. What is None stays as it is."""
+        changes: dict[str, object] = {}
+        if cpu_overcommit is not None:
+            changes["cpu_overcommit"] = cpu_overcommit
+        if fence_command is not None:
+            demand_fence_command(fence_command)
+            changes["fence_command"] = fence_command
         kept = await self._records.settings()
-        settings = (kept.record if kept else FarmSettings()).model_copy(
-            update={"cpu_overcommit": cpu_overcommit}
-        )
+        settings = (kept.record if kept else FarmSettings()).model_copy(update=changes)
         condition = kept.unchanged if kept else absent(SETTINGS_KEY)
         puts = {SETTINGS_KEY: encode(settings)}
         if await self._records.store.transact(compares=[condition], puts=puts) is None:
@@ -119,8 +125,10 @@ class Overview:
         cpu_overcommit: float | None,
         add: tuple[str, ...],
         remove: tuple[str, ...],
+        fence_command: str | None = None,
     ) -> None:
-        """Change what a host keeps for itself, how often its CPUs are promised, and its labels.
+        """Change what a host keeps for itself, how often its CPUs are promised, its labels, and the command
+        that switches it off.
 
         What is None stays as it is. What is promised already stays promised, however little is left.
         """
@@ -129,6 +137,9 @@ class Overview:
             changes["reserve_memory_bytes"] = reserve_memory_bytes
         if cpu_overcommit is not None:
             changes["cpu_overcommit"] = cpu_overcommit
+        if fence_command is not None:
+            demand_fence_command(fence_command)
+            changes["fence_command"] = fence_command
         await self._members.configure(
             name, lambda record: {**changes, "labels": changed_labels(record.labels, add, remove)}
         )
@@ -140,6 +151,7 @@ def _share(loss: Loss, found: Situation, own: list[str]) -> HostShare:
         name=name,
         state=room.state,
         silent=room.silent,
+        fenced=room.fenced,
         cpus=room.cpus,
         cpu_overcommit=room.cpu_overcommit,
         promised_cpus=pool.promised_cpus(name),

@@ -184,7 +184,9 @@ def _undo(pool: Pool, packing: Packing) -> None:
 
 def _closed(room: HostRoom) -> list[str]:
     reasons = []
-    if room.silent:
+    if room.fenced:
+        reasons.append(f"{room.name} is fenced; it comes back by itself once it is switched on")
+    elif room.silent:
         reasons.append(f"{room.name} was not heard from lately; start its daemon with `transhume up`")
     if room.state is HostState.DRAINING:
         reasons.append(f"{room.name} is being drained")

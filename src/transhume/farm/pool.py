@@ -64,6 +64,7 @@ class HostRoom:
     reserved_bytes: int = 0
     cpu_overcommit: float = DEFAULT_CPU_OVERCOMMIT
     state: HostState = HostState.ACTIVE
+    fenced: bool = False
     silent: bool = False
     machine_types: frozenset[str] | None = None
     kvm_obstacle: str = ""

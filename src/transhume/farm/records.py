@@ -47,12 +47,22 @@ class CertificateRecord(BaseModel):
     expires_at_s: float
 
 
+class Fence(BaseModel):
+    """That a lost host was switched off, since when, and who says so."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at_s: float
+    how: str
+
+
 class HostRecord(BaseModel):
     """A member of the farm. `inventory` is None until its daemon first reported.
 
     A certificate that is not among `certificates` opens nothing any more, whoever signed it.
     `reserve_memory_bytes` is what it keeps for itself and `cpu_overcommit` how often each of its CPUs is
-    promised; None: as the farm has it. `labels` stand for it in rules.
+    promised; None: as the farm has it. `labels` stand for it in rules. `fence` is there from the fencing
+    until it is back and runs nothing that is another's; `fence_command` switches it off (empty: the farm's).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,6 +78,8 @@ class HostRecord(BaseModel):
     reserve_memory_bytes: int | None = None
     cpu_overcommit: float | None = None
     labels: tuple[str, ...] = ()
+    fence_command: str = ""
+    fence: Fence | None = None
 
 
 class TokenRecord(BaseModel):
@@ -90,7 +102,9 @@ class VmRecord(BaseModel):
     `migration` is freed, and keeps others out until it has become `migration` itself, or has ended.
 
     With `reserve` its share of its host is promised to it while it is stopped too. `labels` stand for it in
-    rules.
+    rules. With `restart_elsewhere` it is started on another host when its own was fenced; `strict` says that
+    it stands still while its host cannot reach the register. `wanted` is whether it was last started (True)
+    or stopped; None: by an earlier release, nobody knows.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -101,6 +115,9 @@ class VmRecord(BaseModel):
     created_at_s: float = 0.0
     reserve: bool = False
     labels: tuple[str, ...] = ()
+    restart_elsewhere: bool = False
+    strict: bool = False
+    wanted: bool | None = None
 
 
 class FarmSettings(BaseModel):
@@ -109,6 +126,7 @@ class FarmSettings(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     cpu_overcommit: float = DEFAULT_CPU_OVERCOMMIT
+    fence_command: str = ""
 
 
 Record = TypeVar("Record", bound=BaseModel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from transhume.farm.admission import Admission
 from transhume.farm.baseline import with_baseline
@@ -12,6 +12,7 @@ from transhume.farm.members import Members
 from transhume.farm.pool import Demand
 from transhume.farm.records import FarmRecords, Kept, VmRecord, absent, encode, ownership_key, vm_key
 from transhume.farm.rehome import Rehoming, VmLocks
+from transhume.farm.rescue import Rescue
 from transhume.farm.rules import changed_labels
 from transhume.model.errors import Conflict, HostLost, NotFound, Refused, TranshumeError
 from transhume.model.vm import Ownership, Vm, VmSpec, VmState
@@ -30,10 +31,26 @@ class Vms:
         self._clock_s = clock_s
         self._admission = admission
         self.lodging = Lodging(members, admission, Rehoming(records, members))
+        self.rescue = Rescue(records, members, admission)
         self.locks = VmLocks()
+        self._strict: set[str] = set()
+
+    async def load(self) -> None:
+        """Read what is asked for at each heartbeat. Call before the first one."""
+        self._strict = {kept.record.spec.name for kept in await self._records.vms() if kept.record.strict}
+
+    def strict(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of them that stand still while their host cannot reach the register."""
+        return tuple(sorted(self._strict.intersection(names)))
 
     async def create(
-        self, spec: VmSpec, host: str | None, labels: tuple[str, ...] = (), reserve: bool = False
+        self,
+        spec: VmSpec,
+        host: str | None,
+        labels: tuple[str, ...] = (),
+        reserve: bool = False,
+        restart_elsewhere: bool = False,
+        strict: bool = False,
     ) -> Vm:
         """Enter a VM owned by `host`, or by the best one. Nothing runs yet.
 
@@ -49,7 +66,15 @@ class Vms:
         except Refused:
             self._admission.let_go(spec.name, host)
             raise
-        record = VmRecord(spec=resolved, created_at_s=self._clock_s(), labels=labels, reserve=reserve)
+        record = VmRecord(
+            spec=resolved,
+            created_at_s=self._clock_s(),
+            labels=labels,
+            reserve=reserve,
+            restart_elsewhere=restart_elsewhere,
+            strict=strict,
+            wanted=False,
+        )
         ownership = Ownership(owner=host, epoch=FIRST_EPOCH)
         keys = (vm_key(spec.name), ownership_key(spec.name))
         done = await self._records.store.transact(
@@ -59,6 +84,7 @@ class Vms:
         if done is None:
             self._admission.let_go(spec.name, host)
             raise Conflict(f"the farm has a VM {spec.name} already; choose another name")
+        self._mark_strict(record)
         return self._view(record, ownership)
 
     async def show(self, name: str) -> Vm:
@@ -76,9 +102,16 @@ class Vms:
         ]
 
     async def configure(
-        self, name: str, add: tuple[str, ...], remove: tuple[str, ...], reserve: bool | None
+        self,
+        name: str,
+        add: tuple[str, ...],
+        remove: tuple[str, ...],
+        reserve: bool | None,
+        restart_elsewhere: bool | None = None,
+        strict: bool | None = None,
     ) -> Vm:
-        """Change a VM's labels, and whether it keeps its share while it is stopped.
+        """Change a VM's labels, whether it keeps its share while it is stopped, and what becomes of it when
+        its host is lost. What is None stays as it is.
 
         Raises `PreflightFailed` when its owner has no room to reserve.
         """
@@ -87,11 +120,12 @@ class Vms:
             if reserve and not kept.record.reserve:
                 await self.lodging.demand_room(kept.record.spec, ownership.owner)
             changes: dict[str, object] = {"labels": changed_labels(kept.record.labels, add, remove)}
-            if reserve is not None:
-                changes["reserve"] = reserve
+            wanted = {"reserve": reserve, "restart_elsewhere": restart_elsewhere, "strict": strict}
+            changes |= {field: value for field, value in wanted.items() if value is not None}
             record = kept.record.model_copy(update=changes)
             puts = {kept.key: encode(record)}
             if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
+                self._mark_strict(record)
                 return self._view(record, ownership)
 
     async def set_memory(self, name: str, memory_bytes: int) -> Vm:
@@ -129,15 +163,19 @@ class Vms:
         return found
 
     async def start(self, name: str, ignore_rules: bool = False) -> Vm:
-        """Start the VM on its owner; where that has no room for it, on another host, which owns it then.
+        """Start the VM on its owner; where that has no room for it, or is fenced, on another host, which owns
+        it then.
 
         Raises `Conflict` when it runs or moves, `PreflightFailed` when there is no room for it, `VmmError`
         when QEMU dies.
         """
         async with self.locks.of(name):
             kept, ownership = await self._resting(name)
-            if self._members.vm_state(ownership.owner, name) is VmState.STOPPED:
+            if self._members.fenced(ownership.owner):
+                ownership = await self.rescue.take(kept.record.spec, ownership, ignore_rules)
+            elif self._members.vm_state(ownership.owner, name) is VmState.STOPPED:
                 ownership = await self.lodging.for_start(kept.record.spec, ownership, ignore_rules)
+            await self._note_wanted(name, True)
             try:
                 await self._members.link(ownership.owner).start_vm(kept.record.spec)
             except TranshumeError:
@@ -149,6 +187,7 @@ class Vms:
         """Ask the guest to power down; `TimedOut` leaves it running."""
         kept, ownership = await self._resting(name)
         await self._members.link(ownership.owner).stop_vm(name, timeout_s)
+        await self._note_wanted(name, False)
         self._admission.let_go(name, ownership.owner)
         return self._changed(kept.record, ownership, VmState.STOPPED)
 
@@ -156,6 +195,7 @@ class Vms:
         """End the VM at once."""
         kept, ownership = await self._resting(name)
         await self._members.link(ownership.owner).kill_vm(name)
+        await self._note_wanted(name, False)
         self._admission.let_go(name, ownership.owner)
         return self._changed(kept.record, ownership, VmState.STOPPED)
 
@@ -170,6 +210,7 @@ class Vms:
         )
         if done is None:
             raise Conflict(f"VM {name} was changed while it was being deleted; look at it and try again")
+        self._strict.discard(name)
 
     async def log(self, name: str, serial: bool, lines: int) -> str:
         """The last lines of what QEMU said, or of what the guest printed, on the host that owns the VM."""
@@ -185,6 +226,20 @@ class Vms:
         """Join the guest's serial console on its owner: what it prints, for what is typed."""
         _, ownership = await self._known(name)
         return self._members.link(ownership.owner).console(name, received)
+
+    async def _note_wanted(self, name: str, wanted: bool) -> None:
+        """Remember whether it was last started or stopped: a host that is lost cannot tell."""
+        while (kept := await self._records.vm(name)) is not None and kept.record.wanted is not wanted:
+            record = kept.record.model_copy(update={"wanted": wanted})
+            puts = {kept.key: encode(record)}
+            if await self._records.store.transact(compares=[kept.unchanged], puts=puts) is not None:
+                return
+
+    def _mark_strict(self, record: VmRecord) -> None:
+        if record.strict:
+            self._strict.add(record.spec.name)
+        else:
+            self._strict.discard(record.spec.name)
 
     async def _known(self, name: str) -> tuple[Kept[VmRecord], Ownership]:
         kept, ownership = await asyncio.gather(self._records.vm(name), self._records.ownership(name))
@@ -216,6 +271,9 @@ class Vms:
             created_at_s=record.created_at_s,
             reserve=record.reserve,
             labels=record.labels,
+            restart_elsewhere=record.restart_elsewhere,
+            strict=record.strict,
+            fenced=self._members.fenced(ownership.owner),
         )
 
     def _changed(self, record: VmRecord, ownership: Ownership, state: VmState) -> Vm:

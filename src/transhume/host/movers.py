@@ -105,6 +105,12 @@ class Movers:
         """The mover that works on a VM here, if there is one."""
         return next((mover for mover in self._movers.values() if mover.job.migration.vm == vm), None)
 
+    def is_moving(self, vm: str) -> bool:
+        """Whether a mover still has something to do for a VM here, besides telling how it ended."""
+        return any(
+            mover.job.migration.vm == vm and not mover.ended.is_set() for mover in self._movers.values()
+        )
+
     async def start_destination(self, job: MoverJob) -> Prepared:
         """Start a destination and wait until it listens. After an error nothing is left."""
         mover = self._start(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from transhume.host.config import HostConfig
@@ -12,6 +13,7 @@ from transhume.host.dirty_sample import sample
 from transhume.host.inventory import Inventory
 from transhume.host.movers import Movers
 from transhume.host.shared_folder import probe
+from transhume.host.strict_vms import StrictVms
 from transhume.host.switchover_cost import SwitchoverCost
 from transhume.host.vms import LocalVms
 from transhume.migration.driver.job import MoverJob, Role
@@ -36,7 +38,10 @@ from transhume.model.vm import Accel, VmSpec, VmState
 from transhume.vmm.added_memory import settle_memory
 from transhume.vmm.capabilities import cpu_flags, memory
 from transhume.vmm.command_line import ram_blocks
+from transhume.vmm.image_lock import has_writer
 from transhume.vmm.inspect import access_obstacle, find_obstacles
+
+SETTLE_LIMIT_S = 10.0
 
 
 class HostService:
@@ -51,11 +56,29 @@ class HostService:
         self._cost = SwitchoverCost(config.state_dir / "switchover.json")
         self._movers = Movers(config.migrations_dir, link, self._learn)
         self._growing: set[str] = set()
+        self.strict = StrictVms(
+            config.name,
+            config.state_dir / "strict.json",
+            self._vms,
+            link,
+            self._movers.is_moving,
+            time.monotonic,
+        )
+        self._settled = asyncio.Event()
+        self._settled.set()
 
     def recover(self) -> None:
         """Take up what an earlier daemon left. Call once, when the controller can be reached or not."""
         self._movers.recover()
         self._movers.stand_by()
+
+    def unsettle(self) -> None:
+        """Nothing is started here from now on, until `settle`: VMs may run that are another host's by now."""
+        self._settled.clear()
+
+    def settle(self) -> None:
+        """The register was asked for all that runs here, and what is another's was ended."""
+        self._settled.set()
 
     async def close(self) -> None:
         """Let go; VMs and movers go on."""
@@ -120,6 +143,7 @@ class HostService:
             memory_available_bytes=memory().available_bytes,
             disk_obstacles=tuple(await self._disk_obstacles(spec)),
             file_obstacles=tuple(await self._file_obstacles(spec)),
+            disks_in_use=tuple(await self._disks_in_use(spec)),
         )
 
     async def probe_folder(self, order: FolderProbe) -> FolderFacts:
@@ -140,6 +164,7 @@ class HostService:
     # --- VMs -------------------------------------------------------------------------------------
 
     async def start_vm(self, spec: VmSpec) -> None:
+        await self._until_settled()
         if self._movers.of_vm(spec.name) is not None:
             raise Conflict(f"VM {spec.name} is being moved")
         await self._vms.start(spec)
@@ -202,6 +227,7 @@ class HostService:
     # --- migrations ------------------------------------------------------------------------------
 
     async def prepare(self, order: PrepareOrder) -> Prepared:
+        await self._until_settled()
         process = self._vms.process(order.spec.name)
         if process is not None:
             process.close()
@@ -224,6 +250,8 @@ class HostService:
         process.close()
         if vm in self._growing:
             raise Conflict(f"VM {vm} is being given memory; move it afterwards")
+        if self.strict.is_held(vm):
+            raise Conflict(f"VM {vm} stands still until the register gives it to this host; try again")
         spec = self._vms.spec(vm)
         self._movers.start_source(
             MoverJob(
@@ -257,6 +285,31 @@ class HostService:
             self._cost.learn(job.spec, update.report.downtime)
 
     # --- files -----------------------------------------------------------------------------------
+
+    async def _until_settled(self) -> None:
+        try:
+            async with asyncio.timeout(SETTLE_LIMIT_S):
+                await self._settled.wait()
+        except TimeoutError:
+            raise Conflict(
+                f"host {self.config.name} starts nothing before it knows which of its VMs are still its own; "
+                "try again"
+            ) from None
+
+    async def _disks_in_use(self, spec: VmSpec) -> list[str]:
+        """Of disks that can be opened, those that somebody writes, or of which that cannot be told."""
+        found = []
+        for disk in spec.disks:
+            if disk.read_only or await access_obstacle(disk.path, True, self.config.vm_user):
+                continue
+            try:
+                written = await asyncio.to_thread(has_writer, disk.path)
+            except OSError as error:
+                found.append(f"whether somebody writes {disk.path} cannot be told: {error.strerror}")
+                continue
+            if written:
+                found.append(f"{disk.path} is open for writing: a VM that uses it still runs somewhere")
+        return found
 
     async def _disk_obstacles(self, spec: VmSpec) -> list[str]:
         user = self.config.vm_user

@@ -7,6 +7,11 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+LEASE_S = 15.0
+"""A host that was not heard from for so long is lost: what runs there is not known. By the same time it has
+paused the VMs that may not run without the register.
+"""
+
 
 class HostState(StrEnum):
     """Whether the farm may place VMs on a host.

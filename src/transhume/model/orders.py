@@ -39,7 +39,8 @@ class SourceFacts(BaseModel):
 class DestinationFacts(BaseModel):
     """What a possible destination found when it looked for what the VM needs.
 
-    `disk_obstacles` are sentences, one for each disk that this host cannot open.
+    `disk_obstacles` are sentences, one for each disk that this host cannot open, and `disks_in_use` one for
+    each that somebody writes, or of which that cannot be told.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -47,6 +48,7 @@ class DestinationFacts(BaseModel):
     memory_available_bytes: int
     disk_obstacles: tuple[str, ...] = ()
     file_obstacles: tuple[str, ...] = ()
+    disks_in_use: tuple[str, ...] = ()
 
 
 class DirtySample(BaseModel):
@@ -196,12 +198,14 @@ class HeartbeatReply(BaseModel):
     """The controller's answer to a sign of life.
 
     `disowned`: VMs that the host has running and that the register gives to another. The host ends those that
-    it is not moving, after it has asked the register itself.
+    it is not moving, after it has asked the register itself. `strict`: those of
+    its VMs that may not run while the register cannot be reached.
     """
 
     model_config = ConfigDict(frozen=True)
 
     disowned: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()
 
 
 class Renewed(BaseModel):

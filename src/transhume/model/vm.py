@@ -170,7 +170,8 @@ class Ownership(BaseModel):
 class Vm(BaseModel):
     """A VM as the farm knows it. `migration` is the id of the one under way, or empty; `queued` of the one
     that waits for it. With `reserve` its host keeps its share while it is stopped too; `labels` stand for it
-    in rules.
+    in rules. With `restart_elsewhere` it is started on another host when its own was fenced; a `strict` one
+    stands still while its host cannot reach the register. `fenced` is whether its host is fenced now.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -183,3 +184,6 @@ class Vm(BaseModel):
     created_at_s: float = 0.0
     reserve: bool = False
     labels: tuple[str, ...] = ()
+    restart_elsewhere: bool = False
+    strict: bool = False
+    fenced: bool = False
