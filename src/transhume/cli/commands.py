@@ -14,6 +14,7 @@ from transhume.cli import (
     farm_commands,
     migrate_commands,
     pool_commands,
+    store_commands,
     vm_commands,
 )
 from transhume.cli.session import JsonFlag, Session, say, say_json, session
@@ -54,6 +55,7 @@ app.add_typer(vm_commands.app)
 app.command("farm")(pool_commands.farm)
 farm_commands.host_app.command("set")(pool_commands.set_host)
 app.add_typer(pool_commands.rule_app)
+app.add_typer(store_commands.app)
 app.command("drain")(drain_commands.drain)
 app.command("undrain")(drain_commands.undrain)
 app.command("migrate")(migrate_commands.migrate)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from transhume.farm.admission import Admission
+from transhume.farm.claims import Verdict, judge, raised
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.limits import Limits
@@ -57,6 +58,7 @@ class Controller:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
+        self.store = store
         records = FarmRecords(store)
         self._register = OwnershipRegister(records)
         # Numbers that begin with the clock in milliseconds go on rising after a restart.
@@ -135,29 +137,53 @@ class Controller:
         return await self.members.renew(host, request_pem, shown_serial)
 
     async def heartbeat(
-        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+        self,
+        host: str,
+        inventory: HostInventory,
+        vm_states: Mapping[str, VmState],
+        vm_epochs: Mapping[str, int] | None = None,
     ) -> HeartbeatReply:
         """Note that a host lives; tell it which of its VMs are another's.
 
         The register is read when the host was silent, or has others running than the last time: a VM that is
         taken from a host is taken from one that cannot be reached. It is read for a VM that a swap has taken
         from the host, which may have come back right before, and again until the host has ended what it was
-        told to: the answer may be lost, or the VM's mover still at work there.
+        told to: the answer may be lost, or the VM's mover still at work there. And it is read for a VM of
+        which the host does not know the epoch, which it then keeps (`farm.claims` tells what for).
         """
+        claims = vm_epochs or {}
         back = self.members.silent(host)
         before = self.members.active_vms(host)
         await self.members.heartbeat(host, inventory, vm_states)
         now = self.members.active_vms(host)
-        doubtful = now if back else (now - before) | (now & self._doubtful.get(host, set()))
-        disowned = []
+        known = now & claims.keys()
+        doubtful = now if back else (known - before) | (now & self._doubtful.get(host, set())) | (now - known)
+        reply = HeartbeatReply()
+        self._doubtful[host] = set()
         for vm in sorted(doubtful):
             try:
-                if (await self._register.read(vm)).owner != host:
-                    disowned.append(vm)
+                reply = await self._judge(vm, host, claims.get(vm, 0), reply)
             except NotFound:
                 continue  # a VM that the farm has forgotten is not the farm's to end
-        self._doubtful[host] = set(disowned)
-        return HeartbeatReply(disowned=tuple(disowned))
+        return reply
+
+    async def _judge(self, vm: str, host: str, claim: int, reply: HeartbeatReply) -> HeartbeatReply:
+        """Compare what `host` runs with the register, and add what it must know of it."""
+        held = await self._register.read(vm)
+        owner_runs_it = not self.members.silent(held.owner) and vm in self.members.active_vms(held.owner)
+        verdict = judge(held, host, claim, owner_runs_it)
+        if verdict is Verdict.ITS_OWN:
+            return reply if claim else reply.model_copy(update={"epochs": {**reply.epochs, vm: held.epoch}})
+        self._doubtful.setdefault(host, set()).add(vm)
+        if verdict is Verdict.DISOWNED:
+            return reply.model_copy(update={"disowned": (*reply.disowned, vm)})
+        if verdict is Verdict.CONTESTED:
+            log.error("VM %s runs on %s (epoch %d) and on %s (%d)", vm, host, claim, held.owner, held.epoch)
+            return reply
+        wanted = raised(held, host, claim)
+        if (await self.swap_ownership(vm, held, wanted)).won:
+            log.warning("VM %s runs on %s, not on %s: the register was older", vm, host, held.owner)
+        return reply.model_copy(update={"epochs": {**reply.epochs, vm: wanted.epoch}})
 
     async def _sweep(self) -> None:
         while True:
