@@ -14,10 +14,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from transhume.api.app import create_app
+from transhume.api.carrier import Carrier
 from transhume.api.controller_client import ControllerClient
+from transhume.api.gate import App
 from transhume.api.host_client import HostLinks
 from transhume.api.server import serve
 from transhume.farm.controller import Controller
@@ -56,14 +60,44 @@ class Daemon:
         inventory = await Inventory.measure(self._config.vm_user)
         async with contextlib.AsyncExitStack() as stack:
             credentials = Credentials(self._config.files)
-            if self._config.carries_controller:
+            if self._config.on_cluster:
+                await self._run_on_cluster(stack, inventory, credentials)
+            elif self._config.carries_controller:
                 await self._run_with_controller(stack, inventory, credentials)
             else:
                 client = ControllerClient(self._config)
                 stack.push_async_callback(client.close)
                 service = HostService(self._config, inventory, client)
                 stack.push_async_callback(service.close)
-                await self._serve(service, client, None, credentials)
+                app = create_app(self._config, service, None, credentials)
+                await self._serve(service, client, app, credentials)
+
+    async def _run_on_cluster(
+        self, stack: contextlib.AsyncExitStack, inventory: Inventory, credentials: Credentials
+    ) -> None:
+        """Like every other host of the farm: it leads, or passes on what is asked of it."""
+        client = ControllerClient(self._config)
+        stack.push_async_callback(client.close)
+        service = HostService(self._config, inventory, client)
+        stack.push_async_callback(service.close)
+        links = HostLinks(self._config.name, service, credentials)
+        stack.push_async_callback(links.close)
+        carrier = Carrier(self._config, links, self._keeper, credentials, client)
+        turns = asyncio.create_task(carrier.run(), name="carry the controller")
+        stack.push_async_callback(_ended, turns)
+        if not self._config.files.identity.exists():
+            # The first host of a new farm signs for itself, as soon as it leads.
+            await self._either(turns, carrier.certified.wait())
+        await self._serve(service, client, carrier.app(service), credentials, turns)
+
+    async def _either(self, turns: asyncio.Task[None], event: Coroutine[Any, Any, Any]) -> None:
+        """Wait for `event`, or raise what ended the turns, or end with the daemon."""
+        waiting = [asyncio.create_task(event), asyncio.create_task(self._stop.wait())]
+        await asyncio.wait({turns, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        if turns.done():
+            turns.result()
 
     async def _run_with_controller(
         self, stack: contextlib.AsyncExitStack, inventory: Inventory, credentials: Credentials
@@ -80,17 +114,20 @@ class Daemon:
         await controller.start()
         stack.push_async_callback(controller.close)
         await self._keeper.demand(controller, time.time(), controller.members.authority.certificate_pem)
-        await self._serve(service, controller, controller, credentials)
+        app = create_app(self._config, service, controller, credentials)
+        await self._serve(service, controller, app, credentials, closing=controller.close)
 
     async def _serve(
         self,
         service: HostService,
         link: ControllerLink,
-        controller: Controller | None,
+        app: App,
         credentials: Credentials,
+        turns: asyncio.Task[None] | None = None,
+        closing: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        """Answer until the daemon is to end, or `turns` fail; `closing` ends the streams of the answers."""
         service.unsettle()
-        app = create_app(self._config, service, controller, credentials)
         serving = asyncio.create_task(
             serve(app, self._config, credentials.server(), self._ready, self._stop), name="serve"
         )
@@ -107,18 +144,24 @@ class Daemon:
             ]
             log.info("host %s answers at %s:%s", self._config.name, self._config.address, self._config.port)
         try:
-            await self._stop_or_failure(serving)
+            await self._stop_or_failure(serving, turns)
         finally:
             for task in working:
                 task.cancel()
             await asyncio.gather(*working, return_exceptions=True)
-            if controller is not None:
-                await controller.close()
+            if closing is not None:
+                await closing()
+            if turns is not None:
+                await _ended(turns)
+            self._stop.set()
             await serving
+        if turns is not None and not turns.cancelled():
+            turns.result()
 
-    async def _stop_or_failure(self, serving: asyncio.Task[None]) -> None:
+    async def _stop_or_failure(self, serving: asyncio.Task[None], turns: asyncio.Task[None] | None) -> None:
         stopping = asyncio.create_task(self._stop.wait(), name="stop")
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        working = {serving, stopping} if turns is None else {serving, stopping, turns}
+        await asyncio.wait(working, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
 
     async def _beat(self, service: HostService, link: ControllerLink) -> None:
@@ -128,9 +171,13 @@ class Daemon:
             try:
                 asked_at_s = time.monotonic()
                 reply = await link.heartbeat(
-                    self._config.name, await service.inventory(), await service.vm_states()
+                    self._config.name,
+                    await service.inventory(),
+                    await service.vm_states(),
+                    service.vm_epochs(),
                 )
                 failing = False
+                service.note_epochs(reply.epochs)
                 for name in await service.end_disowned(reply.disowned):
                     log.warning("VM %s belongs to another host by now: it was ended here", name)
                 service.settle()
@@ -167,6 +214,12 @@ class Daemon:
             path.mkdir(mode=STATE_DIR_MODE, parents=True, exist_ok=True)
             path.chmod(STATE_DIR_MODE)
         self._config.migrations_dir.mkdir(mode=0o700, exist_ok=True)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancel a task that goes on, and wait for it. Its error is for whoever asks for the result."""
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def main() -> int:

@@ -56,7 +56,11 @@ class Controller:
         raise NotImplementedError
 
     async def heartbeat(
-        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+        self,
+        host: str,
+        inventory: HostInventory,
+        vm_states: Mapping[str, VmState],
+        vm_epochs: Mapping[str, int] | None = None,
     ) -> HeartbeatReply:
         raise NotImplementedError
 

@@ -40,22 +40,34 @@ def create_app(
     the caller); without one, requests to the farm are passed on to the address in `config`. `credentials`
     are this host's.
     """
+    app = new_app()
+    app.include_router(host_router(config, host))
+    if controller is None:
+        target = (config.controller_address, config.controller_port)
+        app.include_router(forward_router(lambda: target, credentials))
+        return Gate(app, config.name, lambda peer: peer.controller)
+    return Gate(
+        controller_app(controller, app),
+        config.name,
+        lambda peer: controller.members.admits(peer.host, peer.serial),
+    )
+
+
+def controller_app(controller: Controller, app: FastAPI) -> RegisterApp:
+    """`app` with all that only a controller answers."""
+    app.include_router(controller_router(controller))
+    app.include_router(farm_router(controller))
+    return RegisterApp(controller, app)
+
+
+def new_app() -> FastAPI:
+    """An application without routes, whose errors are told as all of ours."""
     app = FastAPI(title="Transhume", version=__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(TranshumeError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_bug)
-    app.include_router(host_router(config, host))
-    if controller is None:
-        app.include_router(forward_router(config, credentials))
-        return Gate(app, config.name, lambda peer: peer.controller)
-    app.include_router(controller_router(controller))
-    app.include_router(farm_router(controller))
-    return Gate(
-        RegisterApp(controller, app),
-        config.name,
-        lambda peer: controller.members.admits(peer.host, peer.serial),
-    )
+    return app
 
 
 def _answer(error: TranshumeError, status: int | None = None) -> Response:

@@ -96,6 +96,12 @@ class FarmClient:
     async def baseline(self) -> FarmBaseline:
         return await self._calls.ask("GET", "/v1/baseline", FarmBaseline)
 
+    async def export_store(self) -> bytes:
+        """All records of the farm at one moment, as `store.transfer` writes them. For root on a host that
+        carries a controller.
+        """
+        return await self._calls.send("GET", "/v1/store", timeout_s=120.0)
+
     async def remove_host(self, name: str) -> None:
         await self._calls.send("DELETE", f"/v1/hosts/{part(name)}")
 

@@ -40,7 +40,7 @@ def controller_router(controller: Controller) -> APIRouter:
     @router.post("/hosts/{host}/heartbeat")
     async def heartbeat(host: Name, body: HeartbeatRequest, who: Caller) -> HeartbeatReply:
         _demand_own_word(who, host)
-        return await controller.heartbeat(host, body.inventory, body.vm_states)
+        return await controller.heartbeat(host, body.inventory, body.vm_states, body.vm_epochs)
 
     @router.post("/hosts/{host}/certificate")
     async def renew(host: Name, body: RenewRequest, who: Caller, request: Request) -> Renewed:

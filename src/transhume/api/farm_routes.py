@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Query, WebSocket
+from fastapi import APIRouter, Query, Request, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
+from transhume.api.gate import CALLER, PEER
 from transhume.api.operation_routes import add_operation_routes
 from transhume.api.pool_routes import add_pool_routes
 from transhume.api.problem import PROBLEM
@@ -31,9 +34,12 @@ from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
 from transhume.farm.revival import Revival
+from transhume.model.errors import Unauthorized
 from transhume.model.migration import DryRun, Migration
 from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm
+from transhume.store.transfer import export_store
+from transhume.trust.names import Peer
 
 STREAM_BEAT_S = 5.0
 """A stream without news sends an empty line so often, so that both ends notice when the other is gone."""
@@ -72,6 +78,20 @@ def _add_host_routes(router: APIRouter, controller: Controller) -> None:
     @router.post("/join")
     async def join(body: JoinRequest) -> Joined:
         return await members.join(body.secret, body.name, body.address, body.port, body.request)
+
+    @router.get("/store")
+    async def export(request: Request) -> Response:
+        """The farm's records with its secrets: for root on a host that carries a controller, which can read
+        them from the store in any case.
+        """
+        peer: Peer | None = request.scope.get(PEER)
+        if request.scope[CALLER] is not None and not (peer is not None and peer.controller):
+            raise Unauthorized("the farm's records are for root on a host that carries a controller")
+        with tempfile.TemporaryDirectory(prefix="transhume-export-") as folder:
+            target = Path(folder) / "farm.jsonl"
+            await export_store(controller.store, target)
+            content = await asyncio.to_thread(target.read_bytes)
+        return Response(content, media_type="application/x-ndjson")
 
     @router.delete("/hosts/{name}", status_code=204)
     async def remove(name: Name) -> None:

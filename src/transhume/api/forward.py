@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 from fastapi import APIRouter, Request, WebSocket
@@ -15,11 +15,11 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from transhume.api.console import CLOSE_PROBLEM
+from transhume.api.gate import on_behalf
 from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import Answer, open_answer
 from transhume.api.problem import encode_problem
-from transhume.host.config import HostConfig
-from transhume.model.errors import HostLost
+from transhume.model.errors import HostLost, TranshumeError
 from transhume.trust.credentials import Credentials
 from transhume.trust.names import CONTROLLER_NAME
 
@@ -34,11 +34,14 @@ ANSWER_TIMEOUT_S = 3700.0
 """Longer than the longest wait that a request may ask for; a stream beats far more often."""
 
 
-def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
-    """All of /v1 at the controller's address."""
-    router = APIRouter(prefix="/v1")
+Controller = Callable[[], tuple[str, int]]
+"""Where the controller answers now. Raises `TranshumeError` when nobody knows."""
+
+
+def forward_router(controller: Controller, credentials: Credentials, prefix: str = "/v1") -> APIRouter:
+    """All of `prefix` at the controller's address."""
+    router = APIRouter(prefix=prefix)
     tls = partial(credentials.client, CONTROLLER_NAME)
-    where = authority(config.controller_address, config.controller_port)
 
     @router.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
     async def forward(request: Request, path: str) -> Response:
@@ -48,12 +51,14 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
             # Headers stay here: a stream that is taken up again says the same in its address.
             query += f"{'&' if query else '?'}after={last_id}"
         raw_path = request.scope["raw_path"].decode("latin-1")
-        return _Forwarded(config, tls, request.method, f"{raw_path}{query}", await request.body())
+        return _Forwarded(controller(), tls, request.method, f"{raw_path}{query}", await request.body())
 
     @router.websocket("/{path:path}")
     async def forward_websocket(websocket: WebSocket, path: str) -> None:
         await websocket.accept()
+        where = "an unknown address"
         try:
+            where = authority(*controller())
             demanded = tls()
             async with connect(
                 f"wss://{where}{websocket.url.path}",
@@ -63,8 +68,9 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
                 proxy=None,
             ) as upstream:
                 await _join_both(websocket, upstream)
-        except (OSError, WebSocketException) as error:
-            await websocket.send_text(encode_problem(_lost(where, error)).decode())
+        except (OSError, WebSocketException, TranshumeError) as error:
+            told = error if isinstance(error, TranshumeError) else _lost(where, error)
+            await websocket.send_text(encode_problem(told).decode())
             await websocket.close(CLOSE_PROBLEM)
 
     return router
@@ -73,9 +79,11 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
 class _Forwarded(Response):
     """The controller's answer, passed on piece by piece while the connection to it is open."""
 
-    def __init__(self, config: HostConfig, tls: TlsMaker, method: str, path: str, content: bytes) -> None:
+    def __init__(
+        self, target: tuple[str, int], tls: TlsMaker, method: str, path: str, content: bytes
+    ) -> None:
         super().__init__()
-        self._config = config
+        self._target = target
         self._tls = tls
         self._method = method
         self._path = path
@@ -83,12 +91,14 @@ class _Forwarded(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with open_answer(
-            *_controller(self._config),
+            f"the controller at {authority(*self._target)}",
+            self._target,
             self._tls,
             self._method,
             self._path,
             self._content or None,
             ANSWER_TIMEOUT_S,
+            on_behalf(scope),
         ) as answer:
             headers = answer.head.headers
             kept = {name: headers[name] for name in _KEPT_HEADERS if name in headers}
@@ -103,11 +113,6 @@ async def _body(answer: Answer) -> AsyncIterator[bytes]:
     except HostLost as error:
         # The head has gone out, so all that is left is to end early, which the caller notices.
         log.warning("an answer was passed on in part: %s", error.message)
-
-
-def _controller(config: HostConfig) -> tuple[str, tuple[str, int]]:
-    target = (config.controller_address, config.controller_port)
-    return f"the controller at {authority(*target)}", target
 
 
 async def _join_both(websocket: WebSocket, upstream: ClientConnection) -> None:

@@ -33,6 +33,9 @@ PEER = "transhume.peer"
 CALLER = "transhume.caller"
 """The key of the scope that holds the proven host name, or None for a local caller."""
 
+ON_BEHALF = "transhume-on-behalf"
+"""The header with which a controller that does not lead passes a host's request on: its name and serial."""
+
 _OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock", "/v1/authority"})
 """The first two are proven by a token instead; the clock tells nothing that is not on every wire, and the
 authority's certificate proves nobody. A member passes what comes in by these paths on in its own name,
@@ -68,6 +71,7 @@ class Gate:
         headers = dict(scope["headers"])
         try:
             scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER))
+            _speak_for(scope, headers)
         except Unauthorized as error:
             await _refuse(scope, send, error, error.status)
             return
@@ -90,6 +94,22 @@ class Gate:
         if path.startswith("/host/") and not peer.controller:
             raise Unauthorized(f"only the controller may ask this of host {self._own_name}")
         return peer.host
+
+
+def on_behalf(scope: Scope) -> dict[str, str]:
+    """The header that goes with a request that is passed on; none for a local caller."""
+    peer: Peer | None = scope.get(PEER)
+    return {ON_BEHALF: f"{peer.host} {peer.serial}"} if scope.get(CALLER) and peer is not None else {}
+
+
+def _speak_for(scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Take another controller's word for who asks: it has seen the certificate, as this one would have."""
+    peer: Peer | None = scope.get(PEER)
+    said = headers.get(ON_BEHALF.encode())
+    if said is None or not scope.get(CALLER) or peer is None or not peer.controller:
+        return
+    name, _, serial = said.decode("latin-1").partition(" ")
+    scope[CALLER], scope[PEER] = name, Peer(name, False, serial)
 
 
 def _oversize(headers: dict[bytes, bytes]) -> tuple[TranshumeError, int] | None:

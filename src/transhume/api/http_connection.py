@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import select
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import h11
@@ -54,9 +54,14 @@ class HttpConnection:
         self._turn = asyncio.Lock()
 
     async def request(
-        self, method: str, path: str, body: bytes | None, timeout_s: float
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        """The status and the body of the answer.
+        """The status and the body of the answer. `headers` go out beside the usual ones.
 
         Raises `HostLost` when the peer does not answer in time or the connection breaks; the request may
         have been carried out then. The connection is closed after any error, and made again when needed.
@@ -66,7 +71,8 @@ class HttpConnection:
                 with self._failures_named(timeout_s):
                     async with asyncio.timeout(timeout_s):
                         opened = await self._demand_open()
-                        await opened.ask(method, path, {"Host": self._host, **content_type(body)}, body)
+                        said = {"Host": self._host, **content_type(body), **(headers or {})}
+                        await opened.ask(method, path, said, body)
                         answer = await opened.answer(self._peer)
             except BaseException:
                 # Also when this was cancelled: a late answer must not be taken for that of the next request.
@@ -75,6 +81,11 @@ class HttpConnection:
             if not opened.ready_for_next():
                 await self.close()
             return answer
+
+    async def retire(self) -> None:
+        """Close the connection as soon as the request under way, if any, is answered."""
+        async with self._turn:
+            await self.close()
 
     async def close(self) -> None:
         """Close the connection. A later request opens it again."""

@@ -6,7 +6,7 @@ A mover never imports this: the library would be a tenth of its memory (see `api
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,7 @@ async def open_answer(
     path: str,
     body: bytes | None,
     silence_limit_s: float,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Answer]:
     """One request on a connection of its own, whose answer may come slowly and without an end.
 
@@ -99,9 +100,8 @@ async def open_answer(
     demanded = tls() if tls is not None else None
     extensions = {"sni_hostname": demanded.server_name} if demanded else {}
     async with _open_client(target, demanded, silence_limit_s) as client:
-        request = client.build_request(
-            method, path, content=body, headers=content_type(body), extensions=extensions
-        )
+        said = {**content_type(body), **(headers or {})}
+        request = client.build_request(method, path, content=body, headers=said, extensions=extensions)
         with _failures_named(peer, silence_limit_s):
             response = await client.send(request, stream=True)
         try:

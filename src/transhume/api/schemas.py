@@ -175,6 +175,7 @@ class SwapRequest(Body):
 class HeartbeatRequest(Body):
     inventory: HostInventory
     vm_states: dict[str, VmState]
+    vm_epochs: dict[str, Annotated[int, Field(ge=0)]] = {}
 
 
 class SampleRequest(Body):

@@ -16,6 +16,7 @@ from transhume.cli import (
     migrate_commands,
     operation_commands,
     pool_commands,
+    store_commands,
     vm_commands,
 )
 from transhume.cli.session import JsonFlag, Session, say, say_json, session
@@ -57,6 +58,7 @@ farm_commands.host_app.command("set")(pool_commands.set_host)
 farm_commands.host_app.command("show")(fence_commands.show_host)
 farm_commands.host_app.command("fence")(fence_commands.fence)
 app.add_typer(pool_commands.rule_app)
+app.add_typer(store_commands.app)
 app.command("drain")(drain_commands.drain)
 app.command("undrain")(drain_commands.undrain)
 app.command("migrate")(migrate_commands.migrate)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from transhume.api.client import FarmClient
 from transhume.cli.session import words_of
 from transhume.host.config import HostConfig
-from transhume.model.errors import HostLost, Refused, TimedOut, TranshumeError
+from transhume.model.errors import HostLost, Refused, StoreError, TimedOut, TranshumeError
 from transhume.trust.files import IdentityFiles
 
 START_LIMIT_S = 30.0
@@ -75,7 +75,7 @@ def remove_config(state_dir: Path, folder_was_made: bool) -> None:
     IdentityFiles(state_dir).remove()
     if not folder_was_made:
         return
-    for name in ("daemon.log", "farm.sqlite", "farm.sqlite-wal"):
+    for name in ("daemon.log", "farm.sqlite", "farm.sqlite-wal", "controllers.json"):
         (state_dir / name).unlink(missing_ok=True)
     for folder in (state_dir / "vms", state_dir / "migrations", state_dir):
         with contextlib.suppress(OSError):
@@ -201,7 +201,7 @@ async def wait_until_member(config: HostConfig) -> None:
             try:
                 if any(host.name == config.name and not host.silent for host in await client.hosts()):
                     return
-            except HostLost as error:
+            except (HostLost, StoreError) as error:
                 last = error
             await asyncio.sleep(POLL_S)
     raise last

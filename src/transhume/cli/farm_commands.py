@@ -23,6 +23,7 @@ from transhume.cli.completion import host_names
 from transhume.cli.examination import Candidate, demand_fit, examine_alone, examine_towards
 from transhume.cli.output import Output, OutputOption
 from transhume.cli.session import JsonFlag, Session, demand_root, say, say_json, session, words_of
+from transhume.cli.store_commands import with_store
 from transhume.cli.tables import hosts_table, show
 from transhume.farm.members import Invitation
 from transhume.host.config import DEFAULT_PORT, DEFAULT_VM_USER, HostConfig
@@ -47,6 +48,14 @@ AlsoOption = Annotated[
 ]
 PortOption = Annotated[int, typer.Option("--port", help="Where its daemon listens.", min=1, max=65535)]
 UserOption = Annotated[str, typer.Option("--vm-user", help="The unprivileged user that VMs run as.")]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="Where the farm's records lie: etcd://HOST:PORT[,...]; default: a file of this host.",
+    ),
+]
 DespiteFlag = Annotated[
     bool, typer.Option("--despite-findings", help="Go on although `transhume doctor` finds errors.")
 ]
@@ -60,6 +69,7 @@ def up(
     also_address: AlsoOption = None,
     port: PortOption = DEFAULT_PORT,
     vm_user: UserOption = DEFAULT_VM_USER,
+    store: StoreOption = None,
     foreground: ForegroundFlag = False,
     despite_findings: DespiteFlag = False,
     as_json: JsonFlag = False,
@@ -71,8 +81,11 @@ def up(
     _demand_same(known, name, address, also_address)
     folder_was_made = not current.state_dir.exists()
     config = known or _new_config(current.state_dir, name, address, port, vm_user, also_address)
+    if store is not None and store != config.store_url:
+        config = asyncio.run(with_store(config, store, is_new=known is None))
     if known is None:
         demand_fit(examine_alone(_subject(config, None)), despite_findings, "be a host")
+    if config != known:
         daemon_process.write_config(config)
     if foreground:
         os.execv(daemon_process.command(config.state_dir)[0], daemon_process.command(config.state_dir))
@@ -162,16 +175,17 @@ async def _enter_again(known: HostConfig, target: tuple[str, int], token: Token)
     from transhume.api.joining import join_farm
 
     set_up = f"this server is set up as host {known.name} already"
-    if known.carries_controller:
+    if known.carries_controller and not known.on_cluster:
         raise Conflict(f"{set_up}, and carries the controller; another --state-dir makes a second host")
     if not known.files.is_of(token.fingerprint):
         raise Conflict(f"{set_up}, of another farm; another --state-dir makes a second host")
     config = known.model_copy(update={"controller_address": target[0], "controller_port": target[1]})
     await join_farm(target, token, config)
-    daemon_process.write_config(config)
-    await asyncio.to_thread(daemon_process.stop, config)
-    await asyncio.to_thread(daemon_process.start, config)
-    await daemon_process.wait_until_member(config)
+    lasting = known if known.on_cluster else config
+    daemon_process.write_config(lasting)
+    await asyncio.to_thread(daemon_process.stop, lasting)
+    await asyncio.to_thread(daemon_process.start, lasting)
+    await daemon_process.wait_until_member(lasting)
 
 
 async def _enter(draft: HostConfig, target: tuple[str, int], token: Token, folder_was_made: bool) -> None:
@@ -182,14 +196,15 @@ async def _enter(draft: HostConfig, target: tuple[str, int], token: Token, folde
     config = draft.model_copy(update={"controller_address": target[0], "controller_port": target[1]})
     try:
         daemon_process.make_state_dir(config)
-        await join_farm(target, token, config)
+        joined = await join_farm(target, token, config)
     except BaseException:
         daemon_process.remove_config(config.state_dir, folder_was_made)
         raise
     try:
-        daemon_process.write_config(config)
-        await asyncio.to_thread(daemon_process.start, config)
-        await daemon_process.wait_until_member(config)
+        lasting = await with_store(config, joined.store, is_new=False) if joined.store else config
+        daemon_process.write_config(lasting)
+        await asyncio.to_thread(daemon_process.start, lasting)
+        await daemon_process.wait_until_member(lasting)
     except BaseException:
         await asyncio.shield(_leave(config, folder_was_made))
         raise

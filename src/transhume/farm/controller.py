@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from transhume.farm.admission import Admission
+from transhume.farm.claims import Verdict, judge, raised
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.feed import Feed
@@ -61,6 +62,7 @@ class Controller:
         limits: Limits | None = None,
     ) -> None:
         self._limits = limits or Limits()
+        self.store = store
         first_id = int(clock_s() * 1000) + 1
         self.feed = Feed(first_id, clock_s)
         self._watcher = Watcher(store, self.feed)
@@ -148,36 +150,60 @@ class Controller:
         return await self.members.renew(host, request_pem, shown_serial)
 
     async def heartbeat(
-        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
+        self,
+        host: str,
+        inventory: HostInventory,
+        vm_states: Mapping[str, VmState],
+        vm_epochs: Mapping[str, int] | None = None,
     ) -> HeartbeatReply:
         """Note that a host lives; tell it which of its VMs are another's.
 
         The register is read when the host was silent, or has others running than the last time: a VM that is
         taken from a host is taken from one that cannot be reached. It is read for a VM that a swap has taken
         from the host, which may have come back right before, and again until the host has ended what it was
-        told to: the answer may be lost, or the VM's mover still at work there.
+        told to: the answer may be lost, or the VM's mover still at work there. And it is read for a VM of
+        which the host does not know the epoch, which it then keeps (`farm.claims` tells what for).
         """
+        claims = vm_epochs or {}
         fenced = self.members.fenced(host)
         back = fenced or self.members.silent(host)
         before = self.members.active_vms(host)
         await self.members.heartbeat(host, inventory, vm_states)
         now = self.members.active_vms(host)
-        doubtful = now if back else (now - before) | (now & self._doubtful.get(host, set()))
-        disowned = []
+        known = now & claims.keys()
+        doubtful = now if back else (known - before) | (now & self._doubtful.get(host, set())) | (now - known)
+        reply = HeartbeatReply()
+        self._doubtful[host] = set()
         for vm in sorted(doubtful):
             try:
-                if (await self._register.read(vm)).owner != host:
-                    disowned.append(vm)
+                reply = await self._judge(vm, host, claims.get(vm, 0), reply)
             except NotFound:
                 continue  # a VM that the farm has forgotten is not the farm's to end
-        self._doubtful[host] = set(disowned)
-        if fenced and not disowned:
+        if fenced and not self._doubtful[host]:
             # Only now: until it has ended what became another's, it gets nothing new to run.
             await self.members.configure(host, {"fence": None})
             # A VM may have been given away since the register was read: all are asked for once more.
             self._doubtful[host] = set(now)
             log.warning("host %s, which was fenced, is back", host)
-        return HeartbeatReply(disowned=tuple(disowned), strict=self.vms.strict(now))
+        return reply.model_copy(update={"strict": self.vms.strict(now)})
+
+    async def _judge(self, vm: str, host: str, claim: int, reply: HeartbeatReply) -> HeartbeatReply:
+        """Compare what `host` runs with the register, and add what it must know of it."""
+        held = await self._register.read(vm)
+        owner_runs_it = not self.members.silent(held.owner) and vm in self.members.active_vms(held.owner)
+        verdict = judge(held, host, claim, owner_runs_it)
+        if verdict is Verdict.ITS_OWN:
+            return reply if claim else reply.model_copy(update={"epochs": {**reply.epochs, vm: held.epoch}})
+        self._doubtful.setdefault(host, set()).add(vm)
+        if verdict is Verdict.DISOWNED:
+            return reply.model_copy(update={"disowned": (*reply.disowned, vm)})
+        if verdict is Verdict.CONTESTED:
+            log.error("VM %s runs on %s (epoch %d) and on %s (%d)", vm, host, claim, held.owner, held.epoch)
+            return reply
+        wanted = raised(held, host, claim)
+        if (await self.swap_ownership(vm, held, wanted)).won:
+            log.warning("VM %s runs on %s, not on %s: the register was older", vm, host, held.owner)
+        return reply.model_copy(update={"epochs": {**reply.epochs, vm: wanted.epoch}})
 
     async def _sweep(self) -> None:
         while True:

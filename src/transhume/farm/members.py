@@ -67,7 +67,10 @@ class Invitation(BaseModel):
 
 
 class Joined(BaseModel):
-    """What a new member takes home; `controller` is the name of the host that let it in."""
+    """What a new member takes home; `controller` is the name of the host that let it in.
+
+    With `store`, the address of the farm's store, the new member is to carry a controller too.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -75,6 +78,7 @@ class Joined(BaseModel):
     certificate: str
     authority: str
     controller: str
+    store: str = ""
 
 
 class Members:
@@ -156,10 +160,12 @@ class Members:
         kept_token = await self.valid_token(secret, name)
         known = await self._records.host(name)
         self._demand_may_join(name, known, again=bool(kept_token.record.only_for))
-        certificate, noted = self.authority.issue(name, request_pem, self._clock_s(), controller=False)
+        shared = self._own.on_cluster
+        certificate, noted = self.authority.issue(name, request_pem, self._clock_s(), controller=shared)
         fresh = HostRecord(name=name, address=address, port=port, joined_at_s=self._clock_s())
         before = known.record if known and kept_token.record.only_for else fresh
-        record = before.model_copy(update={"address": address, "port": port, "certificates": (noted,)})
+        entered = {"address": address, "port": port, "certificates": (noted,), "controller": shared}
+        record = before.model_copy(update=entered)
         used = kept_token.record.model_copy(update={"used_by": name})
         done = await self._records.store.transact(
             compares=[kept_token.unchanged, known.unchanged if known else absent(host_key(name))],
@@ -173,6 +179,7 @@ class Members:
             certificate=certificate,
             authority=self.authority.certificate_pem,
             controller=self._own.name,
+            store=self._own.store if shared else "",
         )
 
     async def renew(self, name: str, request_pem: str, shown_serial: str = "") -> Renewed:
@@ -218,11 +225,11 @@ class Members:
             raise Unauthorized(f"the token is for host {kept.record.only_for} and no other; {new_one}")
         return kept
 
-    @staticmethod
-    def _demand_may_join(name: str, known: Kept[HostRecord] | None, again: bool) -> None:
-        if known is None or (again and not known.record.controller):
+    def _demand_may_join(self, name: str, known: Kept[HostRecord] | None, again: bool) -> None:
+        alone = known is not None and known.record.controller and not self._own.on_cluster
+        if known is None or (again and not alone):
             return
-        if known.record.controller:
+        if alone:
             raise Conflict(f"host {name} carries the controller and cannot join its own farm")
         if known.record.inventory is not None:
             raise Conflict(
@@ -238,7 +245,11 @@ class Members:
         kept = await self._records.host(name)
         if kept is None:
             raise NotFound(f"the farm has no host {name}; `transhume hosts` lists its members")
-        if kept.record.controller:
+        if name == self._own.name and self._own.on_cluster:
+            raise Conflict(
+                f"host {name} leads the farm now: stop its daemon first, with `transhume down` there"
+            )
+        if name == self._own.name or (kept.record.controller and not self._own.on_cluster):
             raise Conflict(f"host {name} carries the controller and cannot leave its own farm")
         owned = [
             entry.key.split("/", 1)[1]

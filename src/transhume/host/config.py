@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,7 +23,9 @@ class HostConfig(BaseModel):
     """The file `host.json` in the state folder. What proves who the host is lies beside it (`files`).
 
     A host whose `controller_address` is empty carries the controller itself. `other_addresses` lead to this
-    host by other ways; only movers use them.
+    host by other ways; only movers use them. `store` is the address of the farm's store, as
+    `store.address` reads it; empty: the file `store_file`. With a cluster as its store, every host of the
+    farm carries a controller, and one of them leads.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,6 +38,7 @@ class HostConfig(BaseModel):
     controller_port: int = DEFAULT_PORT
     vm_user: str = DEFAULT_VM_USER
     other_addresses: tuple[str, ...] = ()
+    store: str = ""
 
     @model_validator(mode="after")
     def _others_lead_here(self) -> Self:
@@ -53,6 +57,21 @@ class HostConfig(BaseModel):
     @property
     def carries_controller(self) -> bool:
         return not self.controller_address
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether other hosts use the same store, so that only one of them may act."""
+        return self.store.startswith(("etcd://", "etcds://"))
+
+    @property
+    def store_url(self) -> str:
+        """The address of the farm's store, of a host that carries a controller."""
+        return self.store or f"sqlite://{quote(str(self.store_file))}"
+
+    @property
+    def controllers_file(self) -> Path:
+        """Where the other controllers of the farm answer; kept by the daemon for the movers of this host."""
+        return self.state_dir / "controllers.json"
 
     @property
     def api_socket(self) -> Path:

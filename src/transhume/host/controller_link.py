@@ -36,5 +36,11 @@ class ControllerLink(Protocol):
         ...
 
     async def heartbeat(
-        self, host: str, inventory: HostInventory, vm_states: Mapping[str, VmState]
-    ) -> HeartbeatReply: ...
+        self,
+        host: str,
+        inventory: HostInventory,
+        vm_states: Mapping[str, VmState],
+        vm_epochs: Mapping[str, int] | None = None,
+    ) -> HeartbeatReply:
+        """A sign of life. `vm_epochs` is under which epoch each VM runs, of those of which it is known."""
+        ...

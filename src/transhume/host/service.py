@@ -198,13 +198,26 @@ class HostService:
         """
         ended = []
         for name in names:
-            owner = (await self._link.ownership(name)).owner
+            held = await self._link.ownership(name)
             # Nothing is awaited from here to the kill: to own it again, this host would need a mover first.
-            if owner != self.config.name and self._movers.of_vm(name) is None:
+            # A register that is older than the VM is an old copy, which knows nothing of what came after it.
+            lost = held.owner != self.config.name and held.epoch > self._vms.epoch(name)
+            if lost and self._movers.of_vm(name) is None:
                 await self._vms.kill(name)
                 await self._vms.delete(name)
                 ended.append(name)
         return ended
+
+    def vm_epochs(self) -> dict[str, int]:
+        """Under which epoch each VM runs here. Those that are being moved are left out: their movers know."""
+        found = self._vms.epochs()
+        return {name: epoch for name, epoch in found.items() if self._movers.of_vm(name) is None}
+
+    def note_epochs(self, epochs: Mapping[str, int]) -> None:
+        """Keep what the controller said of VMs that run here. Raises `VmmError`."""
+        for name, epoch in epochs.items():
+            if self._movers.of_vm(name) is None:
+                self._vms.note_epoch(name, epoch)
 
     async def vm_states(self) -> Mapping[str, VmState]:
         return await self._vms.states()

@@ -14,6 +14,7 @@ from pathlib import Path
 from transhume.model.errors import Conflict, NotFound, Refused, TimedOut, VmmError
 from transhume.model.vm import VmSpec, VmState
 from transhume.vmm.added_memory import add_memory, settle_memory
+from transhume.vmm.epoch import UNKNOWN, note_epoch, read_epoch
 from transhume.vmm.launch import launch
 from transhume.vmm.monitor import Monitor
 from transhume.vmm.paths import VmPaths
@@ -44,6 +45,33 @@ class LocalVms:
             return VmSpec.model_validate_json(self.paths(name).spec_file.read_text())
         except FileNotFoundError:
             raise NotFound(f"VM {name} is not on this host") from None
+
+    def epochs(self) -> dict[str, int]:
+        """Under which epoch each VM runs here, of those that run and whose epoch was noted."""
+        found = {name: self.epoch(name) for name in self._names()}
+        return {name: epoch for name, epoch in found.items() if epoch != UNKNOWN}
+
+    def epoch(self, name: str) -> int:
+        """Under which epoch the VM runs here; `UNKNOWN` when it does not run, or nobody noted it."""
+        process = self.process(name)
+        if process is None:
+            return UNKNOWN
+        process.close()
+        return read_epoch(self.paths(name))
+
+    def note_epoch(self, name: str, epoch: int) -> None:
+        """Keep the epoch under which a VM runs here; of one that has ended meanwhile nothing is kept.
+
+        Raises `VmmError` when the disk does not take it.
+        """
+        process = self.process(name)
+        if process is None:
+            return
+        process.close()
+        try:
+            note_epoch(self.paths(name), epoch)
+        except OSError as error:
+            raise VmmError(f"the epoch of VM {name} cannot be kept on this host: {error.strerror}") from error
 
     async def start(self, spec: VmSpec) -> None:
         """Start the guest. `Conflict` when it runs; after `VmmError` nothing is left running."""
@@ -154,11 +182,14 @@ class LocalVms:
 
     async def states(self) -> Mapping[str, VmState]:
         """All VMs that have a folder here."""
-        if not self._vms_dir.is_dir():
-            return {}
-        names = sorted(path.name for path in self._vms_dir.iterdir() if path.is_dir())
+        names = self._names()
         states = await asyncio.gather(*(self.state(name) for name in names))
         return dict(zip(names, states, strict=True))
+
+    def _names(self) -> list[str]:
+        if not self._vms_dir.is_dir():
+            return []
+        return sorted(path.name for path in self._vms_dir.iterdir() if path.is_dir())
 
     def log(self, name: str, serial: bool, lines: int) -> str:
         """The last `lines` of what the guest printed on its serial port, or of what QEMU itself said."""

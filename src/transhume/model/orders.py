@@ -197,15 +197,17 @@ class ReviveReply(BaseModel):
 class HeartbeatReply(BaseModel):
     """The controller's answer to a sign of life.
 
-    `disowned`: VMs that the host has running and that the register gives to another. The host ends those that
-    it is not moving, after it has asked the register itself. `strict`: those of
-    its VMs that may not run while the register cannot be reached.
+    `disowned`: VMs that the host has running and that the register gives to another. The host ends those
+    that it is not moving, after it has asked the register itself. `strict`: those of its VMs that may not run
+    while the register cannot be reached. `epochs`: those of VMs that are the host's own, and of which it did
+    not say one; it keeps them with the VMs.
     """
 
     model_config = ConfigDict(frozen=True)
 
     disowned: tuple[str, ...] = ()
     strict: tuple[str, ...] = ()
+    epochs: dict[str, int] = {}
 
 
 class Renewed(BaseModel):

@@ -102,6 +102,36 @@ async def import_store(source: Path, store: Store) -> Transferred:
     for key, value in records.items():
         check_limits((), {key: value}, ())
     marker = await _begin_import(store, source, len(records))
+    await _fill(store, marker, records)
+    return Transferred(len(records), revision)
+
+
+async def replace_store(source: Path, store: Store) -> Transferred:
+    """As `import_store`, in place of whatever the store has, who leads included: it is empty in between.
+
+    Raises `Conflict` when somebody leads the farm that the store holds: its controllers must be down.
+    """
+    revision, records = await asyncio.to_thread(read_export, source)
+    for key, value in records.items():
+        check_limits((), {key: value}, ())
+    leaders = await store.list(ELECTIONS)
+    if leaders:
+        raise Conflict(
+            f"host {leaders[0].value.decode(errors='replace')} leads the farm of this store: stop the daemon "
+            "of every host with `transhume down` first, and wait until its lease has run out"
+        )
+    began = await store.transact(
+        compares=[Compare(IMPORTING, ABSENT)], puts={IMPORTING: _words(source, len(records))}
+    )
+    if began is None:
+        raise Conflict("another import into this store has begun just now; wait for it")
+    marker = Compare(IMPORTING, began)
+    await _empty(store, marker)
+    await _fill(store, marker, records)
+    return Transferred(len(records), revision)
+
+
+async def _fill(store: Store, marker: Compare, records: dict[str, bytes]) -> None:
     for step in _steps(records):
         compares = [marker, *(Compare(key, ABSENT) for key in step)]
         if await store.transact(compares=compares, puts=step) is None:
@@ -109,7 +139,6 @@ async def import_store(source: Path, store: Store) -> Transferred:
     found = {entry.key: entry.value for entry in await store.list("") if entry.key != IMPORTING}
     if found != records or await store.transact(compares=[marker], deletes=[IMPORTING]) is None:
         raise _disturbed()
-    return Transferred(len(records), revision)
 
 
 async def demand_whole(store: Store) -> None:
@@ -131,13 +160,18 @@ async def discard_half_import(store: Store) -> int:
     if marker is None:
         raise Conflict("no import into this store was begun and not ended; nothing is discarded")
     guard = Compare(IMPORTING, marker.mod_revision)
+    removed = await _empty(store, guard)
+    if await store.transact(compares=[guard], deletes=[IMPORTING]) is None:
+        raise _disturbed()
+    return removed
+
+
+async def _empty(store: Store, guard: Compare) -> int:
     keys = [entry.key for entry in await store.list("") if entry.key != IMPORTING]
     for first in range(0, len(keys), _STEP_CHANGES):
         step = keys[first : first + _STEP_CHANGES]
         if await store.transact(compares=[guard], deletes=step) is None:
             raise _disturbed()
-    if await store.transact(compares=[guard], deletes=[IMPORTING]) is None:
-        raise _disturbed()
     return len(keys)
 
 
@@ -179,12 +213,16 @@ async def _begin_import(store: Store, source: Path, records: int) -> Compare:
             f"the store is not empty: it has {len(present)} records, {present[0].key} among them; "
             "import into a new one"
         )
-    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    words = f"{records} records from {source.name}, begun {began}, {uuid.uuid4().hex[:8]}"
-    revision = await store.transact(compares=[Compare(IMPORTING, ABSENT)], puts={IMPORTING: words.encode()})
+    puts = {IMPORTING: _words(source, records)}
+    revision = await store.transact(compares=[Compare(IMPORTING, ABSENT)], puts=puts)
     if revision is None:
         raise Conflict("another import into this store has begun just now; wait for it")
     return Compare(IMPORTING, revision)
+
+
+def _words(source: Path, records: int) -> bytes:
+    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    return f"{records} records from {source.name}, begun {began}, {uuid.uuid4().hex[:8]}".encode()
 
 
 def _steps(records: Mapping[str, bytes]) -> Iterator[dict[str, bytes]]:

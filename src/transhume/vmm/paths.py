@@ -31,6 +31,11 @@ class VmPaths:
         return self.directory / "run.json"
 
     @property
+    def epoch_file(self) -> Path:
+        """Under which epoch the VM runs here, see `transhume.vmm.epoch`."""
+        return self.directory / "epoch"
+
+    @property
     def qmp_socket(self) -> Path:
         """The daemon's monitor."""
         return self.directory / "qmp.sock"

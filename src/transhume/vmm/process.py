@@ -177,9 +177,10 @@ def find_running(paths: VmPaths) -> QemuProcess | None:
 
 
 def forget(paths: VmPaths) -> None:
-    """Remove `run.json` and the sockets of a QEMU that has ended. Logs stay."""
+    """Remove `run.json`, the epoch and the sockets of a QEMU that has ended. Logs stay."""
     for path in (
         paths.run_file,
+        paths.epoch_file,
         paths.qmp_socket,
         paths.mover_qmp_socket,
         paths.serial_socket,

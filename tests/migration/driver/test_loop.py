@@ -17,7 +17,14 @@ from transhume.migration.driver.job import MoverJob, Role
 from transhume.migration.driver.journal import Journal
 from transhume.migration.driver.loop import Driver, Handler
 from transhume.migration.machine import Command, Event, Machine, Rule
-from transhume.model.errors import HostLost, StoreError, StoreFull, TranshumeError, Unauthorized
+from transhume.model.errors import (
+    HostLost,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    TranshumeError,
+    Unauthorized,
+)
 from transhume.model.migration import Migration, Outcome, Phase
 from transhume.model.orders import MigrationUpdate, SwapReply
 from transhume.model.vm import Accel, Ownership, VmSpec
@@ -314,6 +321,7 @@ async def test_the_swaps_are_those_of_this_epoch(driver: SmallDriver, register: 
     [
         (StoreFull("no room"), ev.SwapRefused("no room")),
         (StoreError("what?"), ev.SwapUnknown("what?")),
+        (StoreUnavailable("no leader"), ev.SwapUnknown("no leader")),
         (HostLost("nobody there"), ev.SwapUnknown("nobody there")),
         (Unauthorized("not you"), ev.SwapUnknown("not you")),
     ],

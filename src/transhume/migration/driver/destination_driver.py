@@ -54,6 +54,7 @@ from transhume.model.migration import Engine, MigrationReport, Outcome, Rest
 from transhume.model.orders import MigrationUpdate, Prepared
 from transhume.trust.credentials import Credentials
 from transhume.vmm.device_state import IncomingState, prepare_load
+from transhume.vmm.epoch import note_epoch
 from transhume.vmm.launch import launch
 from transhume.vmm.log import last_words
 from transhume.vmm.monitor import Monitor
@@ -645,7 +646,23 @@ class DestinationDriver(Driver[DestinationState]):
         # A successor may find that its predecessor resumed it; otherwise every round trip is downtime.
         if self._predecessor_state is None or await monitor.status() != "running":
             await monitor.cont()
+        self._note_epoch()
         return ev.VmResumed()
+
+    def _note_epoch(self) -> None:
+        """Keep what was won with the VM, beside everything else: the guest runs and nobody waits for it.
+
+        If it fails, the controller's answer to the next heartbeat is kept instead.
+        """
+        noting = asyncio.create_task(self._write_epoch(), name="note the epoch")
+        self._work.add(noting)
+        noting.add_done_callback(self._work.discard)
+
+    async def _write_epoch(self) -> None:
+        try:
+            await asyncio.to_thread(note_epoch, self._paths, self.migration.epoch + 1)
+        except OSError as error:
+            self._log(f"the epoch cannot be kept: {error.strerror}")
 
     async def _tell_peer_committed(self, _: ev.TellPeerCommitted) -> None:
         commit_ms = self._destination.commit_s * 1000

@@ -313,6 +313,7 @@ class Driver(ABC, Generic[StateT]):
             self._log(f"the register refused the swap: {error.message}")
             return ev.SwapRefused(error.message)
         except (HostLost, StoreError) as error:
+            # `StoreUnavailable` too: a farm that has no leader for a moment ends no migration.
             self._log(f"the register did not answer: {error.message}")
             return ev.SwapUnknown(error.message)
         except TranshumeError as error:
