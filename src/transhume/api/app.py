@@ -19,6 +19,7 @@ from transhume.api.controller_routes import controller_router
 from transhume.api.farm_routes import farm_router
 from transhume.api.forward import forward_router
 from transhume.api.gate import Gate
+from transhume.api.guard import Guard
 from transhume.api.host_routes import host_router
 from transhume.api.problem import CONTENT_TYPE, encode_problem
 from transhume.api.register_app import RegisterApp
@@ -52,9 +53,10 @@ def create_app(
     app.include_router(controller_router(controller))
     app.include_router(farm_router(controller))
     return Gate(
-        RegisterApp(controller, app),
+        Guard(RegisterApp(controller, app), controller, config.name),
         config.name,
         lambda peer: controller.members.admits(peer.host, peer.serial),
+        takes_tokens=True,
     )
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
+from transhume.api.guard import Sight
 from transhume.api.pool_routes import add_pool_routes
 from transhume.api.schemas import (
     AuthorityText,
@@ -25,6 +26,7 @@ from transhume.api.schemas import (
     ReviveRequest,
     StopVmRequest,
 )
+from transhume.api.user_routes import add_user_routes
 from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
@@ -47,6 +49,7 @@ def farm_router(controller: Controller) -> APIRouter:
     _add_revival_routes(router, controller)
     add_baseline_routes(router, controller)
     add_pool_routes(router, controller)
+    add_user_routes(router, controller)
     return router
 
 
@@ -79,8 +82,8 @@ def _add_vm_routes(router: APIRouter, controller: Controller) -> None:
     vms = controller.vms
 
     @router.get("/vms")
-    async def list_vms() -> list[Vm]:
-        return await vms.list()
+    async def list_vms(sees: Sight) -> list[Vm]:
+        return [vm for vm in await vms.list() if sees(vm.labels)]
 
     @router.post("/vms", status_code=201)
     async def create_vm(body: CreateVmRequest) -> Vm:

@@ -15,6 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from transhume.api.console import CLOSE_PROBLEM
+from transhume.api.gate import REASON_HEADER
 from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import Answer, open_answer
 from transhume.api.problem import encode_problem
@@ -42,7 +43,9 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
     async def forward(request: Request, path: str) -> Response:
         query = f"?{request.url.query}" if request.url.query else ""
         raw_path = request.scope["raw_path"].decode("latin-1")
-        return _Forwarded(config, tls, request.method, f"{raw_path}{query}", await request.body())
+        return _Forwarded(
+            config, tls, request.method, f"{raw_path}{query}", await request.body(), _passed_on(request)
+        )
 
     @router.websocket("/{path:path}")
     async def forward_websocket(websocket: WebSocket, path: str) -> None:
@@ -64,16 +67,31 @@ def forward_router(config: HostConfig, credentials: Credentials) -> APIRouter:
     return router
 
 
+def _passed_on(request: Request) -> dict[str, str]:
+    """Why it is asked, which the controller notes."""
+    reason = request.headers.get(REASON_HEADER)
+    return {} if reason is None else {REASON_HEADER: reason}
+
+
 class _Forwarded(Response):
     """The controller's answer, passed on piece by piece while the connection to it is open."""
 
-    def __init__(self, config: HostConfig, tls: TlsMaker, method: str, path: str, content: bytes) -> None:
+    def __init__(
+        self,
+        config: HostConfig,
+        tls: TlsMaker,
+        method: str,
+        path: str,
+        content: bytes,
+        headers: dict[str, str],
+    ) -> None:
         super().__init__()
         self._config = config
         self._tls = tls
         self._method = method
         self._path = path
         self._content = content
+        self._passed_on = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with open_answer(
@@ -83,6 +101,7 @@ class _Forwarded(Response):
             self._path,
             self._content or None,
             ANSWER_TIMEOUT_S,
+            self._passed_on,
         ) as answer:
             headers = answer.head.headers
             kept = {name: headers[name] for name in _KEPT_HEADERS if name in headers}

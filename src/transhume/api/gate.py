@@ -33,6 +33,9 @@ PEER = "transhume.peer"
 CALLER = "transhume.caller"
 """The key of the scope that holds the proven host name, or None for a local caller."""
 
+REASON_HEADER = "x-transhume-reason"
+"""Why a change is made, percent-encoded UTF-8."""
+
 _OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock", "/v1/authority"})
 """The first two are proven by a token instead; the clock tells nothing that is not on every wire, and the
 authority's certificate proves nobody. A member passes what comes in by these paths on in its own name,
@@ -53,13 +56,17 @@ class Gate:
     """Lets requests through to `app` with their caller's name in the scope.
 
     `admits` says whether a certificate, by its host and serial, opens anything: on a member, none but a
-    controller's does. Paths under /host/ are for controllers and for local callers alone.
+    controller's does. With `takes_tokens` a caller without a certificate may come as far as the guard under
+    /v1/, which looks at its token. Paths under /host/ are for controllers and for local callers alone.
     """
 
-    def __init__(self, app: App, own_name: str, admits: Callable[[Peer], bool]) -> None:
+    def __init__(
+        self, app: App, own_name: str, admits: Callable[[Peer], bool], takes_tokens: bool = False
+    ) -> None:
         self._app = app
         self._own_name = own_name
         self._admits = admits
+        self._takes_tokens = takes_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -67,18 +74,20 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
-            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER))
+            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER), headers)
         except Unauthorized as error:
-            await _refuse(scope, send, error, error.status)
+            await refuse(scope, send, error, error.status)
             return
         oversize = _oversize(headers)
         if oversize is not None:
-            await _refuse(scope, send, *oversize)
+            await refuse(scope, send, *oversize)
             return
         await self._app(scope, receive, send)
 
-    def _prove(self, path: str, peer: Peer | None) -> str:
+    def _prove(self, path: str, peer: Peer | None, headers: dict[bytes, bytes]) -> str:
         if path in _OPEN_PATHS:
+            return ""
+        if peer is None and self._takes_tokens and b"authorization" in headers and path.startswith("/v1/"):
             return ""
         if peer is None:
             raise Unauthorized(f"host {self._own_name} demands a certificate of its farm, and none was shown")
@@ -101,7 +110,8 @@ def _oversize(headers: dict[bytes, bytes]) -> tuple[TranshumeError, int] | None:
     return None
 
 
-async def _refuse(scope: Scope, send: Send, error: TranshumeError, status: int) -> None:
+async def refuse(scope: Scope, send: Send, error: TranshumeError, status: int) -> None:
+    """Answer with a problem, and read nothing more of this request."""
     if scope["type"] == "websocket":
         # Closing before the handshake makes the server answer it with an HTTP error.
         await send({"type": "websocket.close", "code": 1008, "reason": error.message[:100]})

@@ -90,6 +90,7 @@ async def open_answer(
     path: str,
     body: bytes | None,
     silence_limit_s: float,
+    headers: dict[str, str] | None = None,
 ) -> AsyncIterator[Answer]:
     """One request on a connection of its own, whose answer may come slowly and without an end.
 
@@ -100,7 +101,11 @@ async def open_answer(
     extensions = {"sni_hostname": demanded.server_name} if demanded else {}
     async with _open_client(target, demanded, silence_limit_s) as client:
         request = client.build_request(
-            method, path, content=body, headers=content_type(body), extensions=extensions
+            method,
+            path,
+            content=body,
+            headers={**(headers or {}), **content_type(body)},
+            extensions=extensions,
         )
         with _failures_named(peer, silence_limit_s):
             response = await client.send(request, stream=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from transhume.farm.admission import Admission
+from transhume.farm.audit import AuditLog
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
 from transhume.farm.limits import Limits
@@ -23,6 +24,7 @@ from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
 from transhume.farm.revival import Revivals
 from transhume.farm.rulebook import Rulebook
+from transhume.farm.users import Users
 from transhume.farm.vms import Vms
 from transhume.host.config import HostConfig
 from transhume.model.errors import NotFound, TranshumeError, Unauthorized
@@ -79,6 +81,8 @@ class Controller:
             clock_s,
             self._limits,
         )
+        self.users = Users(records, clock_s)
+        self.audit = AuditLog(records)
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}
