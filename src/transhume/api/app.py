@@ -19,6 +19,7 @@ from transhume.api.controller_routes import controller_router
 from transhume.api.farm_routes import farm_router
 from transhume.api.forward import forward_router
 from transhume.api.gate import Gate
+from transhume.api.guard import Guard
 from transhume.api.host_routes import host_router
 from transhume.api.problem import CONTENT_TYPE, encode_problem
 from transhume.api.register_app import RegisterApp
@@ -47,17 +48,18 @@ def create_app(
         app.include_router(forward_router(lambda: target, credentials))
         return Gate(app, config.name, lambda peer: peer.controller)
     return Gate(
-        controller_app(controller, app),
+        controller_app(controller, app, config.name),
         config.name,
         lambda peer: controller.members.admits(peer.host, peer.serial),
+        takes_tokens=True,
     )
 
 
-def controller_app(controller: Controller, app: FastAPI) -> RegisterApp:
-    """`app` with all that only a controller answers."""
+def controller_app(controller: Controller, app: FastAPI, own_name: str) -> Guard:
+    """`app` with all that only a controller answers, for those who have the right to it."""
     app.include_router(controller_router(controller))
     app.include_router(farm_router(controller))
-    return RegisterApp(controller, app)
+    return Guard(RegisterApp(controller, app), controller, own_name)
 
 
 def new_app() -> FastAPI:

@@ -132,7 +132,7 @@ class Carrier:
         try:
             await controller.start()
             await self._keeper.demand(controller, time.time(), controller.members.authority.certificate_pem)
-            self._leading = controller, controller_app(controller, new_app())
+            self._leading = controller, controller_app(controller, new_app(), self._config.name)
             self._trouble = ""
             self.certified.set()
             log.info("host %s leads the farm", self._config.name)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import TypeAdapter, ValidationError
 
+from transhume.api.gate import REASON_HEADER
 from transhume.api.http_calls import HttpCalls, part
 from transhume.api.http_connection import TlsMaker, authority
 from transhume.api.http_stream import open_answer
@@ -15,6 +17,7 @@ from transhume.api.operations_client import FeedClient, OperationsClient
 from transhume.api.pool_client import PoolClient
 from transhume.api.problem import from_problem
 from transhume.api.schemas import ClockAnswer, JoinPreview, LogText, Pong
+from transhume.api.user_client import UserClient
 from transhume.farm.baseline import FarmBaseline
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation
@@ -42,11 +45,13 @@ class FarmClient:
     prove oneself, and to whom. Close it, or use it with `async with`.
     """
 
-    def __init__(self, target: tuple[str, int] | Path, tls: TlsMaker | None = None) -> None:
+    def __init__(self, target: tuple[str, int] | Path, tls: TlsMaker | None = None, reason: str = "") -> None:
         where = str(target) if isinstance(target, Path) else authority(*target)
         self._target = target
         self._tls = tls
         self._calls = HttpCalls(f"the daemon at {where}", target, "", tls)
+        if reason:
+            self._calls.headers[REASON_HEADER] = quote(reason)
 
     async def __aenter__(self) -> FarmClient:
         return self
@@ -56,6 +61,11 @@ class FarmClient:
 
     async def close(self) -> None:
         await self._calls.close()
+
+    @cached_property
+    def users(self) -> UserClient:
+        """Users, their tokens, and what was done."""
+        return UserClient(self._calls)
 
     @cached_property
     def pool(self) -> PoolClient:

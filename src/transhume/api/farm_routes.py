@@ -14,6 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
 from transhume.api.gate import CALLER, PEER
+from transhume.api.guard import Caller, Sight, demand_folder_right
 from transhume.api.operation_routes import add_operation_routes
 from transhume.api.pool_routes import add_pool_routes
 from transhume.api.problem import PROBLEM
@@ -30,6 +31,7 @@ from transhume.api.schemas import (
     ReviveRequest,
     StopVmRequest,
 )
+from transhume.api.user_routes import add_user_routes
 from transhume.farm.controller import Controller
 from transhume.farm.events import MigrationEvent
 from transhume.farm.members import HostStatus, Invitation, Joined
@@ -56,6 +58,7 @@ def farm_router(controller: Controller) -> APIRouter:
     add_baseline_routes(router, controller)
     add_pool_routes(router, controller)
     add_operation_routes(router, controller)
+    add_user_routes(router, controller)
     return router
 
 
@@ -102,8 +105,8 @@ def _add_vm_routes(router: APIRouter, controller: Controller) -> None:
     vms = controller.vms
 
     @router.get("/vms")
-    async def list_vms() -> list[Vm]:
-        return await vms.list()
+    async def list_vms(sees: Sight) -> list[Vm]:
+        return [vm for vm in await vms.list() if sees(vm.labels)]
 
     @router.post("/vms", status_code=201)
     async def create_vm(body: CreateVmRequest) -> Vm:
@@ -152,11 +155,13 @@ def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
     migrations = controller.migrations
 
     @router.post("/vms/{name}/migrate", status_code=201)
-    async def migrate(name: Name, body: MigrateRequest) -> Migration:
+    async def migrate(name: Name, body: MigrateRequest, caller: Caller) -> Migration:
+        demand_folder_right(caller, body.options)
         return await migrations.request(name, body.to, body.options)
 
     @router.post("/vms/{name}/dry-run")
-    async def dry_run(name: Name, body: MigrateRequest) -> DryRun:
+    async def dry_run(name: Name, body: MigrateRequest, caller: Caller) -> DryRun:
+        demand_folder_right(caller, body.options)
         return await migrations.dry_run(name, body.to, body.options)
 
     @router.get("/migrations")

@@ -35,6 +35,8 @@ CALLER = "transhume.caller"
 
 ON_BEHALF = "transhume-on-behalf"
 """The header with which a controller that does not lead passes a host's request on: its name and serial."""
+REASON_HEADER = "x-transhume-reason"
+"""Why a change is made, percent-encoded UTF-8."""
 
 _OPEN_PATHS = frozenset({"/v1/join", "/v1/join/preview", "/v1/clock", "/v1/authority"})
 """The first two are proven by a token instead; the clock tells nothing that is not on every wire, and the
@@ -56,13 +58,17 @@ class Gate:
     """Lets requests through to `app` with their caller's name in the scope.
 
     `admits` says whether a certificate, by its host and serial, opens anything: on a member, none but a
-    controller's does. Paths under /host/ are for controllers and for local callers alone.
+    controller's does. With `takes_tokens` a caller without a certificate may come as far as the guard under
+    /v1/, which looks at its token. Paths under /host/ are for controllers and for local callers alone.
     """
 
-    def __init__(self, app: App, own_name: str, admits: Callable[[Peer], bool]) -> None:
+    def __init__(
+        self, app: App, own_name: str, admits: Callable[[Peer], bool], takes_tokens: bool = False
+    ) -> None:
         self._app = app
         self._own_name = own_name
         self._admits = admits
+        self._takes_tokens = takes_tokens
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -70,19 +76,21 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
-            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER))
+            scope[CALLER] = None if scope.get(LOCAL) else self._prove(scope["path"], scope.get(PEER), headers)
             _speak_for(scope, headers)
         except Unauthorized as error:
-            await _refuse(scope, send, error, error.status)
+            await refuse(scope, send, error, error.status)
             return
         oversize = _oversize(headers)
         if oversize is not None:
-            await _refuse(scope, send, *oversize)
+            await refuse(scope, send, *oversize)
             return
         await self._app(scope, receive, send)
 
-    def _prove(self, path: str, peer: Peer | None) -> str:
+    def _prove(self, path: str, peer: Peer | None, headers: dict[bytes, bytes]) -> str:
         if path in _OPEN_PATHS:
+            return ""
+        if peer is None and self._takes_tokens and b"authorization" in headers and path.startswith("/v1/"):
             return ""
         if peer is None:
             raise Unauthorized(f"host {self._own_name} demands a certificate of its farm, and none was shown")
@@ -97,9 +105,15 @@ class Gate:
 
 
 def on_behalf(scope: Scope) -> dict[str, str]:
-    """The header that goes with a request that is passed on; none for a local caller."""
+    """The headers that go with a request that is passed on: who asks, if that is not this host, and why."""
+    said = {}
     peer: Peer | None = scope.get(PEER)
-    return {ON_BEHALF: f"{peer.host} {peer.serial}"} if scope.get(CALLER) and peer is not None else {}
+    if scope.get(CALLER) and peer is not None:
+        said[ON_BEHALF] = f"{peer.host} {peer.serial}"
+    reason = dict(scope["headers"]).get(REASON_HEADER.encode())
+    if reason is not None:
+        said[REASON_HEADER] = reason.decode("latin-1")
+    return said
 
 
 def _speak_for(scope: Scope, headers: dict[bytes, bytes]) -> None:
@@ -121,7 +135,8 @@ def _oversize(headers: dict[bytes, bytes]) -> tuple[TranshumeError, int] | None:
     return None
 
 
-async def _refuse(scope: Scope, send: Send, error: TranshumeError, status: int) -> None:
+async def refuse(scope: Scope, send: Send, error: TranshumeError, status: int) -> None:
+    """Answer with a problem, and read nothing more of this request."""
     if scope["type"] == "websocket":
         # Closing before the handshake makes the server answer it with an HTTP error.
         await send({"type": "websocket.close", "code": 1008, "reason": error.message[:100]})

@@ -36,6 +36,8 @@ class HttpCalls:
         self.peer = peer
         self.target = target
         self.tls = tls
+        self.headers: dict[str, str] = {}
+        """Sent with each request of a connection that is made from now on."""
         self._prefix = prefix
         self._idle: list[HttpConnection] = []
 
@@ -63,7 +65,9 @@ class HttpCalls:
     ) -> bytes:
         """The answer as it came."""
         query = f"?{urlencode(params)}" if params else ""
-        connection = self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, self.tls)
+        connection = (
+            self._idle.pop() if self._idle else HttpConnection(self.peer, self.target, self.tls, self.headers)
+        )
         try:
             status, content = await connection.request(
                 method, f"{self._prefix}{path}{query}", _encode(body), timeout_s

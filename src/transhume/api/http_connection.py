@@ -45,7 +45,10 @@ def content_type(body: bytes | None) -> dict[str, str]:
 class HttpConnection:
     """Requests to one daemon, one after the other, on one connection that is kept open in between."""
 
-    def __init__(self, peer: str, target: Target, tls: TlsMaker | None = None) -> None:
+    def __init__(
+        self, peer: str, target: Target, tls: TlsMaker | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._headers = dict(headers or {})
         self._peer = peer
         self._target = target
         self._tls = tls
@@ -71,7 +74,7 @@ class HttpConnection:
                 with self._failures_named(timeout_s):
                     async with asyncio.timeout(timeout_s):
                         opened = await self._demand_open()
-                        said = {"Host": self._host, **content_type(body), **(headers or {})}
+                        said = {"Host": self._host, **self._headers, **content_type(body), **(headers or {})}
                         await opened.ask(method, path, said, body)
                         answer = await opened.answer(self._peer)
             except BaseException:

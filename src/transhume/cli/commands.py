@@ -17,6 +17,7 @@ from transhume.cli import (
     operation_commands,
     pool_commands,
     store_commands,
+    user_commands,
     vm_commands,
 )
 from transhume.cli.session import JsonFlag, Session, say, say_json, session
@@ -36,10 +37,11 @@ def options(
     state_dir: Annotated[
         Path, typer.Option("--state-dir", envvar="TRANSHUME_STATE_DIR", help="The daemon's state folder.")
     ] = DEFAULT_STATE_DIR,
+    reason: Annotated[str, typer.Option("--reason", help="Why; noted in the audit log.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Move running QEMU VMs between plain Linux hosts."""
-    context.obj = Session(state_dir.absolute(), as_json)
+    context.obj = Session(state_dir.absolute(), as_json, reason)
 
 
 app.command("up")(farm_commands.up)
@@ -53,6 +55,8 @@ app.command("forget", hidden=True)(farm_commands.remove)  # its older name
 app.add_typer(farm_commands.host_app)
 app.command("status")(farm_commands.status)
 app.add_typer(vm_commands.app)
+app.add_typer(user_commands.user_app)
+app.command("audit")(user_commands.audit)
 app.command("farm")(pool_commands.farm)
 farm_commands.host_app.command("set")(pool_commands.set_host)
 farm_commands.host_app.command("show")(fence_commands.show_host)

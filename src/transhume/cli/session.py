@@ -31,6 +31,7 @@ class Session:
 
     state_dir: Path
     as_json: bool = False
+    reason: str = ""
 
     @property
     def api_socket(self) -> Path:
@@ -43,7 +44,7 @@ class Session:
             raise HostLost(f"no daemon answers at {self.api_socket}; start it with `transhume up`")
 
         async def run() -> Answer:
-            async with FarmClient(self.api_socket) as client:
+            async with FarmClient(self.api_socket, reason=self.reason) as client:
                 return await work(client)
 
         return asyncio.run(run())
@@ -52,7 +53,7 @@ class Session:
 def session(context: typer.Context, as_json: bool = False) -> Session:
     """The session of a command, with its own --json or the one before the command's name."""
     base: Session = context.obj
-    return Session(base.state_dir, base.as_json or as_json)
+    return Session(base.state_dir, base.as_json or as_json, base.reason)
 
 
 def demand_root() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from transhume.farm.admission import Admission
+from transhume.farm.audit import AuditLog
 from transhume.farm.claims import Verdict, judge, raised
 from transhume.farm.drain import Drains
 from transhume.farm.events import EventLog
@@ -27,6 +28,7 @@ from transhume.farm.ownership import OwnershipRegister
 from transhume.farm.records import FarmRecords
 from transhume.farm.revival import Revivals
 from transhume.farm.rulebook import Rulebook
+from transhume.farm.users import Users
 from transhume.farm.vms import Vms
 from transhume.farm.watcher import Watcher
 from transhume.host.config import HostConfig
@@ -90,6 +92,8 @@ class Controller:
         )
         self.operations = Operations(records, self.migrations, self.drains, self.feed)
         self.fencing = Fencing(records, self.members, self.vms, clock_s)
+        self.users = Users(records, clock_s)
+        self.audit = AuditLog(records)
         self.revivals = Revivals(records, self.members, clock_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._doubtful: dict[str, set[str]] = {}

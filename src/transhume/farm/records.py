@@ -9,6 +9,9 @@ migrations/<id>     Migration         what was asked, how far it is, what came o
 rules/<name>        Rule              which VMs may be where
 drains/<host>       Drain             the latest drain of the host, or the bringing back of its VMs
 settings/farm       FarmSettings      what holds for the whole farm
+users/<name>        UserRecord        a user and its grants
+user-tokens/<sha256> UserTokenRecord  one token of a user, under the hash of its secret
+audit/<ring>/<key>  AuditRecord       a change that was asked for, or what was refused
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transhume.farm.drain_record import Drain
 from transhume.farm.pool import DEFAULT_CPU_OVERCOMMIT
 from transhume.farm.rules import Rule
+from transhume.farm.user_records import AuditRecord, UserRecord, UserTokenRecord
 from transhume.model.errors import StoreError
 from transhume.model.host import HostInventory, HostState
 from transhume.model.migration import Migration
@@ -176,6 +180,14 @@ def drain_key(host: str) -> str:
     return f"drains/{host}"
 
 
+def user_key(name: str) -> str:
+    return f"users/{name}"
+
+
+def user_token_key(token_hash: str) -> str:
+    return f"user-tokens/{token_hash}"
+
+
 SETTINGS_KEY = "settings/farm"
 
 
@@ -243,6 +255,21 @@ class FarmRecords:
 
     async def settings(self) -> Kept[FarmSettings] | None:
         return await self._get(SETTINGS_KEY, FarmSettings)
+
+    async def user(self, name: str) -> Kept[UserRecord] | None:
+        return await self._get(user_key(name), UserRecord)
+
+    async def users(self) -> list[Kept[UserRecord]]:
+        return await self._list("users/", UserRecord)
+
+    async def user_token(self, token_hash: str) -> Kept[UserTokenRecord] | None:
+        return await self._get(user_token_key(token_hash), UserTokenRecord)
+
+    async def user_tokens(self) -> list[Kept[UserTokenRecord]]:
+        return await self._list("user-tokens/", UserTokenRecord)
+
+    async def audit(self) -> list[Kept[AuditRecord]]:
+        return await self._list("audit/", AuditRecord)
 
     async def _get(self, key: str, kind: type[Record]) -> Kept[Record] | None:
         entry = await self.store.get(key)

@@ -69,6 +69,20 @@ class Unauthorized(Refused):
     status = 401
 
 
+class Forbidden(Refused):
+    """The caller is known, and has no right to this."""
+
+    code = "forbidden"
+    status = 403
+
+
+class TooManyAttempts(Refused):
+    """Too many logins have failed; the message says when to try again."""
+
+    code = "too-many-attempts"
+    status = 429
+
+
 class PreflightFailed(Refused):
     """A VM cannot move, or be placed: `reasons` holds all the causes, each one sentence with its mend."""
 
@@ -171,6 +185,8 @@ ERRORS_BY_CODE: dict[str, type[TranshumeError]] = {
         NotFound,
         Conflict,
         Unauthorized,
+        Forbidden,
+        TooManyAttempts,
         PeerProtocolError,
         VmmError,
         PagesLost,
