@@ -15,6 +15,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 from transhume.api.client import FarmClient
 from transhume.api.operations_client import FeedClient, OperationsClient
 from transhume.api.pool_client import PoolClient
+from transhume.api.user_client import UserClient
 from transhume.host.config import DEFAULT_STATE_DIR
 
 P = ParamSpec("P")
@@ -25,7 +26,8 @@ Inner = TypeVar("Inner")
 class AsyncClient(FarmClient):
     """The farm, asked through the daemon whose state folder is given. Use it with `async with`.
 
-    `feed` is what happens in the farm, `operations` are long actions, `pool` are rules, settings and drains.
+    `feed` is what happens in the farm, `operations` are long actions, `pool` are rules, settings
+    and drains, `users` who may do what.
     """
 
     def __init__(self, state_dir: Path | str = DEFAULT_STATE_DIR) -> None:
@@ -89,6 +91,8 @@ class Pool(_Blocking[PoolClient]):
     set_host = _verb(PoolClient.set_host)
     set_vm = _verb(PoolClient.set_vm)
     set_vm_memory = _verb(PoolClient.set_vm_memory)
+    fence_report = _verb(PoolClient.fence_report)
+    fence = _verb(PoolClient.fence)
     rules = _verb(PoolClient.rules)
     add_rule = _verb(PoolClient.add_rule)
     remove_rule = _verb(PoolClient.remove_rule)
@@ -99,6 +103,17 @@ class Pool(_Blocking[PoolClient]):
     resume_drain = _verb(PoolClient.resume_drain)
     cancel_drain = _verb(PoolClient.cancel_drain)
     undrain = _verb(PoolClient.undrain)
+
+
+class Users(_Blocking[UserClient]):
+    """Users and the audit log: `transhume.api.user_client.UserClient`, blocking."""
+
+    add = _verb(UserClient.add)
+    everybody = _verb(UserClient.everybody)
+    remove = _verb(UserClient.remove)
+    token = _verb(UserClient.token)
+    change_grant = _verb(UserClient.change_grant)
+    audit = _verb(UserClient.audit)
 
 
 class Operations(_Blocking[OperationsClient]):
@@ -126,6 +141,7 @@ class Client(_Blocking[FarmClient]):
     def __init__(self, state_dir: Path | str = DEFAULT_STATE_DIR) -> None:
         super().__init__(AsyncClient(state_dir), asyncio.Runner())
         self.pool = Pool(self._inner.pool, self._runner)
+        self.users = Users(self._inner.users, self._runner)
         self.operations = Operations(self._inner.operations, self._runner)
         self.feed = Events(self._inner.feed, self._runner)
 
@@ -148,6 +164,7 @@ class Client(_Blocking[FarmClient]):
     clock_s = _verb(FarmClient.clock_s)
     preview_join = _verb(FarmClient.preview_join)
     baseline = _verb(FarmClient.baseline)
+    export_store = _verb(FarmClient.export_store)
     remove_host = _verb(FarmClient.remove_host)
     vms = _verb(FarmClient.vms)
     vm = _verb(FarmClient.vm)

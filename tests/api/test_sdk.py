@@ -21,8 +21,9 @@ from tests.docs.documents import ROOT
 from transhume import AsyncClient, Client
 from transhume.api.operations_client import FeedClient, OperationsClient
 from transhume.api.pool_client import PoolClient
+from transhume.api.user_client import UserClient
 from transhume.model.errors import HostLost, NotFound
-from transhume.sdk import Events, Operations, Pool
+from transhume.sdk import Events, Operations, Pool, Users
 
 # A console is typed into while it prints: that has no blocking form.
 _WITHOUT_BLOCKING = {"console"}
@@ -88,7 +89,13 @@ def test_without_a_daemon_it_is_said_who_does_not_answer(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("asynchronous", "blocking"),
-    [(AsyncClient, Client), (PoolClient, Pool), (OperationsClient, Operations), (FeedClient, Events)],
+    [
+        (AsyncClient, Client),
+        (PoolClient, Pool),
+        (UserClient, Users),
+        (OperationsClient, Operations),
+        (FeedClient, Events),
+    ],
 )
 def test_the_blocking_client_has_every_verb(asynchronous: type[Any], blocking: type[Any]) -> None:
     verbs = {

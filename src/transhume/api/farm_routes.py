@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 from transhume.api.baseline_routes import add_baseline_routes
 from transhume.api.console import serve_console
 from transhume.api.gate import CALLER, PEER
-from transhume.api.guard import Caller, Sight, demand_folder_right
+from transhume.api.guard import Asker, Sight, demand_folder_right
 from transhume.api.operation_routes import add_operation_routes
 from transhume.api.pool_routes import add_pool_routes
 from transhume.api.problem import PROBLEM
@@ -155,12 +155,12 @@ def _add_migration_routes(router: APIRouter, controller: Controller) -> None:
     migrations = controller.migrations
 
     @router.post("/vms/{name}/migrate", status_code=201)
-    async def migrate(name: Name, body: MigrateRequest, caller: Caller) -> Migration:
+    async def migrate(name: Name, body: MigrateRequest, caller: Asker) -> Migration:
         demand_folder_right(caller, body.options)
         return await migrations.request(name, body.to, body.options)
 
     @router.post("/vms/{name}/dry-run")
-    async def dry_run(name: Name, body: MigrateRequest, caller: Caller) -> DryRun:
+    async def dry_run(name: Name, body: MigrateRequest, caller: Asker) -> DryRun:
         demand_folder_right(caller, body.options)
         return await migrations.dry_run(name, body.to, body.options)
 

@@ -53,7 +53,7 @@ def _sight(connection: HTTPConnection) -> Callable[[Iterable[str]], bool]:
     return lambda labels: may(grants, Action.VIEW, frozenset(labels))
 
 
-Caller = Annotated[Who, Depends(who)]
+Asker = Annotated[Who, Depends(who)]
 Sight = Annotated[Callable[[Iterable[str]], bool], Depends(_sight)]
 """Whether the caller may see a VM with these labels."""
 

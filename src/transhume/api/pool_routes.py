@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from transhume.api.controller_routes import Caller
-from transhume.api.guard import Caller, demand_folder_right
+from transhume.api.guard import Asker, demand_folder_right
 from transhume.api.schemas import (
     DrainRequest,
     FarmSettingsRequest,
@@ -111,7 +111,7 @@ def _add_drain_routes(router: APIRouter, controller: Controller) -> None:
     drains = controller.drains
 
     @router.post("/hosts/{name}/drain/plan")
-    async def plan(name: Name, body: DrainRequest, caller: Caller) -> Drain:
+    async def plan(name: Name, body: DrainRequest, caller: Asker) -> Drain:
         """How a drain would go; changes nothing."""
         demand_folder_right(caller, body.options.migration)
         return await drains.plan(name, body.options)
@@ -122,7 +122,7 @@ def _add_drain_routes(router: APIRouter, controller: Controller) -> None:
         return await drains.show(name)
 
     @router.post("/hosts/{name}/drain", status_code=201)
-    async def begin(name: Name, body: DrainRequest, caller: Caller) -> Drain:
+    async def begin(name: Name, body: DrainRequest, caller: Asker) -> Drain:
         demand_folder_right(caller, body.options.migration)
         return await drains.begin(name, body.options)
 
@@ -140,7 +140,7 @@ def _add_drain_routes(router: APIRouter, controller: Controller) -> None:
         return await drains.cancel(name, now)
 
     @router.post("/hosts/{name}/undrain")
-    async def undrain(name: Name, body: UndrainRequest, caller: Caller) -> Drain | None:
+    async def undrain(name: Name, body: UndrainRequest, caller: Asker) -> Drain | None:
         """Let VMs be placed there again; with `restore` the answer tells of their way back."""
         demand_folder_right(caller, body.options.migration)
         return await drains.undrain(name, body.restore, body.options)

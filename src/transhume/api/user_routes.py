@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from transhume.api.guard import Caller
+from transhume.api.guard import Asker
 from transhume.api.schemas import Body, Name
 from transhume.farm.controller import Controller
 from transhume.farm.rights import Grant
@@ -37,7 +37,7 @@ def add_user_routes(router: APIRouter, controller: Controller) -> None:
     users = controller.users
 
     @router.get("/whoami")
-    async def whoami(caller: Caller) -> UserView:
+    async def whoami(caller: Asker) -> UserView:
         return UserView(name=caller.name, grants=caller.grants)
 
     @router.get("/users")
