@@ -3,7 +3,7 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test check bench simulate faults docs
+.PHONY: help setup demo test check bench simulate faults docs man deb
 
 help:
 	@echo "make demo               set up, then move a running VM between two hosts and back, by each engine"
@@ -13,6 +13,8 @@ help:
 	@echo "make faults             set up, then try each fault in each phase and order of transfer"
 	@echo "make simulate [ARGS=..] set up, then run the simulated farm from 100,000 seeds (ARGS='--seeds 1000': fewer)"
 	@echo "make docs               set up, then write docs/API.md anew"
+	@echo "make man                write the man pages into build/man"
+	@echo "make deb                make a Debian package in build/"
 	@echo "make setup              install what is missing, and .venv/bin/transhume"
 
 setup:
@@ -40,3 +42,9 @@ faults: setup
 
 docs: setup
 	$(PYTHON) -m transhume.api.document docs/API.md
+
+man: setup
+	$(PYTHON) -m transhume.cli.man_pages build/man
+
+deb: setup
+	@$(PYTHON) scripts/deb.py

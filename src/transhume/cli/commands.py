@@ -16,6 +16,7 @@ from transhume.cli import (
     migrate_commands,
     operation_commands,
     pool_commands,
+    service_commands,
     store_commands,
     user_commands,
     vm_commands,
@@ -49,6 +50,8 @@ app.command("join")(farm_commands.join)
 app.command("doctor")(doctor_commands.doctor)
 app.command("baseline")(doctor_commands.baseline)
 app.command("down")(farm_commands.down)
+app.command("install-service")(service_commands.install)
+app.command("uninstall-service")(service_commands.uninstall)
 app.command("token")(farm_commands.token)
 app.command("hosts")(farm_commands.hosts)
 app.command("forget", hidden=True)(farm_commands.remove)  # its older name
