@@ -29,7 +29,15 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class JoinRequest(Body):
+class PeerBody(BaseModel):
+    """What hosts tell the controller, and daemons whoever asks. A field that is not known is left aside: a
+    later release adds fields that an earlier one can do without.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+
+class JoinRequest(PeerBody):
     """A server asks to become a member; its daemon will answer at `address`:`port`.
 
     `secret` is the middle part of a token, `request` what its first certificate is made from.
@@ -42,7 +50,7 @@ class JoinRequest(Body):
     request: Pem
 
 
-class JoinPreviewRequest(Body):
+class JoinPreviewRequest(PeerBody):
     """A server asks what its joining would change. The token is looked at and stays good."""
 
     secret: str = Field(max_length=200)
@@ -71,11 +79,11 @@ class InviteRequest(Body):
     only_for: Name | None = None
 
 
-class RenewRequest(Body):
+class RenewRequest(PeerBody):
     request: Pem
 
 
-class AuthorityText(Body):
+class AuthorityText(PeerBody):
     """The certificate of the farm's authority. Whoever joins compares it with its token."""
 
     certificate: Pem
@@ -172,7 +180,7 @@ class SwapRequest(Body):
     wanted: Ownership
 
 
-class HeartbeatRequest(Body):
+class HeartbeatRequest(PeerBody):
     inventory: HostInventory
     vm_states: dict[str, VmState]
     vm_epochs: dict[str, Annotated[int, Field(ge=0)]] = {}
@@ -182,7 +190,7 @@ class SampleRequest(Body):
     duration_s: float = Field(gt=0, le=60)
 
 
-class Pong(Body):
+class Pong(PeerBody):
     """Who answers, and whether it is the host that carries the controller."""
 
     host: str
@@ -190,5 +198,5 @@ class Pong(Body):
     version: str
 
 
-class LogText(Body):
+class LogText(PeerBody):
     text: str
