@@ -110,6 +110,7 @@ class Users(_Blocking[UserClient]):
 
     add = _verb(UserClient.add)
     everybody = _verb(UserClient.everybody)
+    show = _verb(UserClient.show)
     remove = _verb(UserClient.remove)
     token = _verb(UserClient.token)
     change_grant = _verb(UserClient.change_grant)

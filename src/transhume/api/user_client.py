@@ -28,6 +28,9 @@ class UserClient:
     async def everybody(self) -> list[UserView]:
         return await self._calls.ask("GET", "/v1/users", _USERS)
 
+    async def show(self, name: str) -> UserView:
+        return await self._calls.ask("GET", f"/v1/users/{part(name)}", UserView)
+
     async def remove(self, name: str) -> None:
         await self._calls.send("DELETE", f"/v1/users/{part(name)}")
 

@@ -17,6 +17,7 @@ _TIME_UNITS_S = {
     "m": Decimal(60),
     "min": Decimal(60),
     "h": Decimal(3600),
+    "d": Decimal(86_400),
 }
 
 
@@ -47,7 +48,7 @@ def parse_rate_bytes_s(text: str) -> int:
 
 
 def parse_time_s(text: str) -> float:
-    """`30s`, `5m`, `500ms`, `2h`; a bare number is seconds."""
+    """`30s`, `5m`, `500ms`, `2h`, `90d`; a bare number is seconds."""
     return float(_seconds(text, "s"))
 
 
@@ -60,7 +61,9 @@ def _seconds(text: str, bare_unit: str) -> Decimal:
     number, unit = _split(text, "time", "30s, 5m or 500ms")
     factor = _TIME_UNITS_S.get(unit.lower() or bare_unit)
     if factor is None:
-        raise Refused(f"{text!r} is not a time: the unit {unit!r} is none of ms, s, m, h; try 30s or 500ms")
+        raise Refused(
+            f"{text!r} is not a time: the unit {unit!r} is none of ms, s, m, h, d; try 30s or 500ms"
+        )
     return number * factor
 
 

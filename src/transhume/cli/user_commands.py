@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 
+from transhume.cli.quantities import parse_time_s
 from transhume.cli.session import JsonFlag, Session, say, say_json, session, words_of
 from transhume.farm.rights import Grant, Role
-from transhume.farm.users import IssuedToken
+from transhume.farm.users import IssuedToken, UserView
 from transhume.model.errors import Refused
 
 user_app = typer.Typer(name="user", help="Who may do what in the farm.", no_args_is_help=True)
@@ -21,8 +21,6 @@ RoleOption = Annotated[Role, typer.Option("--role", help="What the user may do."
 OnOption = Annotated[str, typer.Option("--on", metavar="LABEL", help="Only on VMs with this label.")]
 ExpiresOption = Annotated[str, typer.Option("--expires", help="How long the token is good: 12h, 90d.")]
 KeepFlag = Annotated[bool, typer.Option("--keep", help="The older tokens stay good.")]
-
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 @user_app.command("add")
@@ -36,7 +34,7 @@ def add(
 ) -> None:
     """Add a user and print its first token, this once."""
     current = session(context, as_json)
-    grant, ttl_s = _grant(role, on), seconds(expires)
+    grant, ttl_s = _grant(role, on), parse_time_s(expires)
     _tell_token(current, current.call(lambda client: client.users.add(name, grant, ttl_s)))
 
 
@@ -50,7 +48,7 @@ def token(
 ) -> None:
     """Print a new token for a user; the older ones open nothing any more."""
     current = session(context, as_json)
-    ttl_s = seconds(expires)
+    ttl_s = parse_time_s(expires)
     _tell_token(current, current.call(lambda client: client.users.token(name, ttl_s, keep)))
 
 
@@ -63,8 +61,19 @@ def list_users(context: typer.Context, as_json: JsonFlag = False) -> None:
         say_json(list(found))
         return
     for user in found:
-        grants = ", ".join(f"{each.role} on {each.on or 'the farm'}" for each in user.grants) or "nothing"
-        say(f"{user.name}: {grants}; tokens: {len(user.tokens_expire_at_s)}")
+        say(f"{user.name}: {_grants_of(user)}; tokens: {len(user.tokens_expire_at_s)}")
+
+
+@user_app.command("show")
+def show(context: typer.Context, name: NameArgument, as_json: JsonFlag = False) -> None:
+    """Show what a user may do, and until when its tokens are good."""
+    current = session(context, as_json)
+    user = current.call(lambda client: client.users.show(name))
+    if current.as_json:
+        say_json(user)
+        return
+    ends = [time.strftime("%Y-%m-%d %H:%M", time.localtime(each)) for each in user.tokens_expire_at_s]
+    say(f"{user.name}: {_grants_of(user)}; tokens good until: {', '.join(ends) or 'it has none'}")
 
 
 @user_app.command("remove")
@@ -105,7 +114,7 @@ def audit(
 ) -> None:
     """Show who changed what, from where, why, and what came of it; refusals too."""
     current = session(context, as_json)
-    since_s = time.time() - seconds(since) if since else 0.0
+    since_s = time.time() - parse_time_s(since) if since else 0.0
     found = current.call(lambda client: client.users.audit(user, since_s))
     if current.as_json:
         say_json(list(found))
@@ -118,12 +127,8 @@ def audit(
         say(f"{at}  {each.who} from {each.source}  {each.what!r}{why}  {each.outcome}{told}")
 
 
-def seconds(text: str) -> float:
-    """`90d`, `12h`, `30m` or `45s`. Raises `Refused`."""
-    found = re.fullmatch(r"([1-9][0-9]{0,6})([smhd])", text)
-    if found is None:
-        raise Refused(f"{text!r} is not a time; try 12h or 90d")
-    return float(int(found[1]) * _SECONDS[found[2]])
+def _grants_of(user: UserView) -> str:
+    return ", ".join(f"{each.role} on {each.on or 'the farm'}" for each in user.grants) or "nothing"
 
 
 def _grant(role: Role, on: str) -> Grant:
