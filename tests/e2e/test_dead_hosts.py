@@ -29,6 +29,16 @@ async def _lost(farm: Farm) -> None:
     await until(lost, "beta is lost")
 
 
+async def _back(farm: Farm) -> None:
+    """Wait until beta counts as fenced no longer."""
+
+    async def back() -> bool:
+        async with farm.client() as client:
+            return (await client.pool.fence_report("beta")).fenced_at_s is None
+
+    await until(back, "the fenced host is back")
+
+
 async def _fence(farm: Farm) -> FenceReport:
     async with farm.client() as client:
         return await client.pool.fence("beta", powered_off=True)
@@ -60,12 +70,7 @@ async def test_a_marked_vm_of_a_dead_host_starts_elsewhere_after_the_fence_and_n
     await farm.assert_sound("vm", "alpha")
     assert (await farm.vm("vm")).ownership.epoch > before.epoch
     await farm.start_daemon("beta")
-
-    async def back() -> bool:
-        async with farm.client() as client:
-            return (await client.pool.fence_report("beta")).fenced_at_s is None
-
-    await until(back, "the fenced host is back")
+    await _back(farm)
     again = await farm.migrate("vm", "beta", verify=True)
     assert again.error == ""
     await farm.assert_sound("vm", "beta")
@@ -100,6 +105,7 @@ async def test_a_cut_off_host_pauses_strict_vms_and_ends_what_is_another_hosts(f
     await until(one_is_left, "beta has ended what is alpha's")
     await until(lambda: _states(farm, "strict", VmState.RUNNING), "the strict VM goes on")
     assert (await farm.vm("strict")).ownership.owner == "beta"
+    await _back(farm)
 
 
 async def _states(farm: Farm, vm: str, wanted: VmState) -> bool:

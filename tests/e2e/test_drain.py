@@ -30,7 +30,8 @@ async def test_a_host_is_emptied_and_filled_again(farm: Farm) -> None:
         await farm.boot(name)
     async with farm.client("beta") as client:
         plan = await client.pool.plan_drain("alpha", DrainOptions())
-        assert {(step.destination, step.state) for step in plan.steps} == {("beta", StepState.WAITING)}
+        placed = {(step.destination, step.state) for step in plan.steps}
+        assert placed == {("beta", StepState.WAITING)}, [step.reason for step in plan.steps]
         assert [step.wave for step in plan.steps] == [1, 1, 2, 2]
         await client.pool.begin_drain("alpha", DrainOptions())
     drain = await over(farm, "alpha")
