@@ -15,28 +15,20 @@ from transhume.farm.members import Members
 from transhume.farm.record_news import RecordNews
 from transhume.model.migration import Migration, Outcome, Phase
 from transhume.model.vm import VmState
-from transhume.store.interface import Compare, Entry, Snapshot, Store
+from transhume.store.interface import Compare, Store
+from transhume.store.reading import ReadsThrough
 
 LOOK_INTERVAL_S = 1.0
 
 OnWritten = Callable[[str, bytes | None], None]
 
 
-class TellingStore:
+class TellingStore(ReadsThrough):
     """Satisfies `Store`: the same store, and `told` hears of each record that was written or deleted."""
 
     def __init__(self, store: Store, told: OnWritten) -> None:
-        self._store = store
+        super().__init__(store)
         self._told = told
-
-    async def get(self, key: str) -> Entry | None:
-        return await self._store.get(key)
-
-    async def list(self, prefix: str) -> Sequence[Entry]:
-        return await self._store.list(prefix)
-
-    async def snapshot(self, prefix: str, *, may_be_stale: bool = False) -> Snapshot:
-        return await self._store.snapshot(prefix, may_be_stale=may_be_stale)
 
     async def transact(
         self,

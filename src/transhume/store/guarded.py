@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from transhume.model.errors import StoreUnavailable
 from transhume.store.election import Leadership
-from transhume.store.interface import ABSENT, Compare, Entry, Snapshot, Store
+from transhume.store.interface import ABSENT, Compare, Store
+from transhume.store.reading import ReadsThrough
 
 
-class GuardedStore:
+class GuardedStore(ReadsThrough):
     """Satisfies `Store` on top of `store`, for as long as `leadership` lasts.
 
     What a leader of the past writes is refused with `StoreUnavailable`, and by the store itself if it was on
@@ -17,17 +18,8 @@ class GuardedStore:
     """
 
     def __init__(self, store: Store, leadership: Leadership) -> None:
-        self._store = store
+        super().__init__(store)
         self._leadership = leadership
-
-    async def get(self, key: str) -> Entry | None:
-        return await self._store.get(key)
-
-    async def list(self, prefix: str) -> Sequence[Entry]:
-        return await self._store.list(prefix)
-
-    async def snapshot(self, prefix: str, *, may_be_stale: bool = False) -> Snapshot:
-        return await self._store.snapshot(prefix, may_be_stale=may_be_stale)
 
     async def transact(
         self,
