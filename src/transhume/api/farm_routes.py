@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from fastapi import APIRouter, Query, Request, WebSocket
 from fastapi.responses import Response, StreamingResponse
 
 from transhume.api.baseline_routes import add_baseline_routes
+from transhume.api.beats import with_beats
 from transhume.api.console import serve_console
 from transhume.api.gate import CALLER, PEER
 from transhume.api.guard import Asker, Sight, demand_folder_right
@@ -42,9 +44,6 @@ from transhume.model.orders import Adjustment, CancelReply, ReviveReply
 from transhume.model.vm import Vm
 from transhume.store.transfer import export_store
 from transhume.trust.names import Peer
-
-STREAM_BEAT_S = 5.0
-"""A stream without news sends an empty line so often, so that both ends notice when the other is gone."""
 
 
 def farm_router(controller: Controller) -> APIRouter:
@@ -206,22 +205,6 @@ def _add_revival_routes(router: APIRouter, controller: Controller) -> None:
 
 
 async def _lines(events: AsyncIterator[MigrationEvent]) -> AsyncIterator[bytes]:
-    following = aiter(events)
-    upcoming: asyncio.Task[MigrationEvent] | None = None
-    try:
-        while True:
-            upcoming = upcoming or asyncio.ensure_future(anext(following))
-            done, _ = await asyncio.wait({upcoming}, timeout=STREAM_BEAT_S)
-            if not done:
-                yield b"\n"
-                continue
-            try:
-                event = upcoming.result()
-            except StopAsyncIteration:
-                return
-            upcoming = None
-            yield event.model_dump_json().encode() + b"\n"
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()
-            await asyncio.gather(upcoming, return_exceptions=True)
+    async with aclosing(with_beats(events)) as beating:
+        async for event in beating:
+            yield b"\n" if event is None else event.model_dump_json().encode() + b"\n"

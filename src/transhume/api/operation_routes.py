@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query
 from fastapi.responses import StreamingResponse
 
+from transhume.api.beats import with_beats
 from transhume.farm.controller import Controller
 from transhume.farm.feed import EventPage, FarmEvent
 from transhume.farm.operations import Operation
-
-STREAM_BEAT_S = 5.0
-"""A stream without news sends a comment so often, so that both ends notice when the other is gone."""
 
 MAX_EVENT_ID = (1 << 63) - 1
 MAX_WAIT_S = 60.0
@@ -73,24 +71,11 @@ def _add_event_routes(router: APIRouter, controller: Controller) -> None:
 
 
 async def _stream(events: AsyncIterator[FarmEvent]) -> AsyncIterator[bytes]:
-    following = aiter(events)
-    upcoming: asyncio.Task[FarmEvent] | None = None
-    try:
-        # At once, so that the other end knows that it is heard before anything happens.
-        yield b": transhume events\n\n"
-        while True:
-            upcoming = upcoming or asyncio.ensure_future(anext(following))
-            done, _ = await asyncio.wait({upcoming}, timeout=STREAM_BEAT_S)
-            if not done:
+    # At once, so that the other end knows that it is heard before anything happens.
+    yield b": transhume events\n\n"
+    async with aclosing(with_beats(events)) as beating:
+        async for event in beating:
+            if event is None:
                 yield b": beat\n\n"
-                continue
-            try:
-                event = upcoming.result()
-            except StopAsyncIteration:
-                return
-            upcoming = None
-            yield f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
-    finally:
-        if upcoming is not None:
-            upcoming.cancel()
-            await asyncio.gather(upcoming, return_exceptions=True)
+            else:
+                yield f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
