@@ -22,7 +22,6 @@ from transhume.model.errors import (
     StoreError,
     StoreFull,
     StoreUnavailable,
-    TranshumeError,
     Unauthorized,
 )
 from transhume.model.migration import Migration, Outcome, Phase
@@ -95,7 +94,7 @@ class ScriptedRegister:
     """Gives one answer to every swap."""
 
     def __init__(self) -> None:
-        self.answer: SwapReply | TranshumeError = HostLost("nobody there")
+        self.answer: SwapReply | Exception = HostLost("nobody there")
         self.asked: list[tuple[Ownership, Ownership]] = []
         self.held = Ownership(owner="alpha", epoch=3)
         self.record = MIGRATION
@@ -105,7 +104,7 @@ class ScriptedRegister:
 
     async def swap_ownership(self, vm: str, expected: Ownership, wanted: Ownership) -> SwapReply:
         self.asked.append((expected, wanted))
-        if isinstance(self.answer, TranshumeError):
+        if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
@@ -130,7 +129,9 @@ class SmallDriver(Driver[Step]):
         self.machine = SmallMachine()
         self.begins = asyncio.Event()
         self.begins.set()
-        self.trouble: TranshumeError | OSError | None = None
+        self.trouble: Exception | None = None
+        self.tick_trouble: Exception | None = None
+        self.ticks = 0
         self.at_work = asyncio.Event()
         self.journalled: list[tuple[str, str | None]] = []
         self.work_was_stopped = False
@@ -163,7 +164,9 @@ class SmallDriver(Driver[Step]):
         )
 
     async def tick(self, now_s: float) -> None:
-        return
+        self.ticks += 1
+        if self.tick_trouble is not None:
+            raise self.tick_trouble
 
     async def close(self) -> None:
         self.closed = True
@@ -256,16 +259,38 @@ async def test_stopping_work_ends_the_work_and_leaves_the_farewell(driver: Small
 
 @pytest.mark.parametrize(
     ("trouble", "code"),
-    [(Unauthorized("who are you?"), "unauthorized"), (OSError(28, "No space left on device"), "system")],
-    ids=["ours", "the kernel's"],
+    [
+        (Unauthorized("who are you?"), "unauthorized"),
+        (OSError(28, "No space left on device"), "system"),
+        (AssertionError("that cannot be"), "internal"),
+    ],
+    ids=["ours", "the kernel's", "a mistake"],
 )
 async def test_what_a_handler_raises_becomes_an_event(
-    driver: SmallDriver, trouble: TranshumeError | OSError, code: str
+    driver: SmallDriver, trouble: Exception, code: str
 ) -> None:
     driver.trouble = trouble
     await asyncio.wait_for(driver.run(), 20)
     assert driver.machine.failure is not None
     assert (driver.machine.failure.command, driver.machine.failure.code) == ("Work", code)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [HostLost("nobody there"), OSError(9, "Bad file descriptor"), AssertionError("that cannot be")],
+    ids=["ours", "the kernel's", "a mistake"],
+)
+async def test_time_goes_on_for_the_machine_whatever_a_tick_raises(
+    driver: SmallDriver, trouble: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.tick_trouble = trouble
+    running = asyncio.create_task(driver.run())
+    async with asyncio.timeout(20):
+        while driver.ticks < 3:
+            await asyncio.sleep(0.01)
+    driver.post(ev.CancelRequested())
+    await asyncio.wait_for(running, 20)
+    assert "tick" in capsys.readouterr().err
 
 
 async def test_an_event_out_of_turn_is_passed_over(driver: SmallDriver) -> None:
@@ -324,10 +349,11 @@ async def test_the_swaps_are_those_of_this_epoch(driver: SmallDriver, register: 
         (StoreUnavailable("no leader"), ev.SwapUnknown("no leader")),
         (HostLost("nobody there"), ev.SwapUnknown("nobody there")),
         (Unauthorized("not you"), ev.SwapUnknown("not you")),
+        (AssertionError("that cannot be"), ev.SwapUnknown("AssertionError('that cannot be')")),
     ],
 )
 async def test_only_a_full_store_is_a_swap_that_was_certainly_not_made(
-    driver: SmallDriver, register: ScriptedRegister, error: TranshumeError, event: Event
+    driver: SmallDriver, register: ScriptedRegister, error: Exception, event: Event
 ) -> None:
     register.answer = error
     assert await driver.swap_to_destination(ev.SwapToDestination()) == event

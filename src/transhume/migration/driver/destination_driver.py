@@ -353,6 +353,10 @@ class DestinationDriver(Driver[DestinationState]):
         except (HostLost, PeerProtocolError, KernelError, VmmError) as error:
             if self._channel is channel:
                 self._lose_link(error)
+        except Exception as error:  # noqa: BLE001 - nobody else reads this connection: the source must come again
+            self._log_mistake("the receiver")
+            if self._channel is channel:
+                self._lose_link(PeerProtocolError(f"the receiver came to grief: {error!r}"))
 
     def _leave_connections(self, pager: Pager) -> None:
         """The source has noticed before us that they broke. The pager hears it first: were its connection to
@@ -700,10 +704,11 @@ class DestinationDriver(Driver[DestinationState]):
 
     def _send_if_open(self, message: wire.Message) -> None:
         """For words whose loss changes nothing: the register tells the rest."""
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             return
         try:
-            self._channel.send(message)
+            channel.send(message)
         except HostLost:
             return
 

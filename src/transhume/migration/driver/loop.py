@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -54,8 +55,11 @@ class Begin(Command):
 class Driver(ABC, Generic[StateT]):
     """Runs one machine to its end. Subclasses carry out the commands and describe how far it is.
 
-    A handler returns the event that answers its command (or None); a `TranshumeError` or an `OSError`
-    that it raises becomes `CommandFailed`. Commands run side by side, started in the machine's order.
+    A handler returns the event that answers its command (or None); what it raises becomes `CommandFailed`.
+    Commands run side by side, started in the machine's order.
+
+    A mistake of this program (any other exception than a `TranshumeError` or an `OSError`) is a failure like
+    those, with its traceback in mover.log: a machine that is not answered would wait for ever, with a VM.
     """
 
     def __init__(
@@ -217,6 +221,9 @@ class Driver(ABC, Generic[StateT]):
         except OSError as error:
             self._log(f"{name} failed: {error}")
             event = ev.CommandFailed(name, "system", f"{name}: {error}")
+        except Exception as error:  # noqa: BLE001 - a mistake of ours must not leave the machine waiting
+            self._log_mistake(name)
+            event = ev.CommandFailed(name, TranshumeError.code, f"{name}: {error!r}")
         if event is not None:
             self.post(event)
 
@@ -228,9 +235,15 @@ class Driver(ABC, Generic[StateT]):
                 await self.tick(now_s)
             except (TranshumeError, OSError) as error:
                 self._log(f"tick: {error}")
+            except Exception:  # noqa: BLE001 - without ticks no limit of time would end anything
+                self._log_mistake("tick")
             self.post(ev.Tick())
             if now_s - self._published_s >= PUBLISH_S and not self._machine.finished:
                 self.publish()
+
+    def _log_mistake(self, where: str) -> None:
+        """In an exception's handler: leave what is needed to mend this program."""
+        self._log(f"{where} came to grief:\n{traceback.format_exc()}")
 
     def _log(self, text: str) -> None:
         """A line for the person who reads mover.log. A disk without room for it stops nothing."""
@@ -319,5 +332,8 @@ class Driver(ABC, Generic[StateT]):
         except TranshumeError as error:
             self._log(f"the register's answer was no answer: {error.message}")
             return ev.SwapUnknown(error.message)
+        except Exception as error:  # noqa: BLE001 - it may have been made: only the register can tell
+            self._log_mistake("the swap")
+            return ev.SwapUnknown(repr(error))
         self._log(f"swap to {owner}: {'won' if reply.won else f'lost to {reply.owner}, {reply.epoch}'}")
         return ev.SwapWon() if reply.won else ev.SwapLost(reply.owner, reply.epoch)

@@ -840,10 +840,12 @@ class SourceDriver(Driver[SourceState]):
         await self._in_data_thread(send_all)
 
     def _send_if_open(self, message: wire.Message) -> None:
-        """For words whose loss changes nothing."""
-        assert self._channel is not None
+        """For words whose loss changes nothing. In a worker's thread: the connection may go meanwhile."""
+        channel = self._channel
+        if channel is None:
+            return
         try:
-            self._channel.send(message)
+            channel.send(message)
         except HostLost:
             return
 
