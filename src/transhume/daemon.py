@@ -30,6 +30,7 @@ from transhume.host.config import HostConfig
 from transhume.host.controller_link import ControllerLink
 from transhume.host.inventory import Inventory
 from transhume.host.service import HostService
+from transhume.host.steady import again
 from transhume.model.errors import TranshumeError
 from transhume.store.sqlite import SqliteStore
 from transhume.trust.credentials import Credentials
@@ -138,9 +139,27 @@ class Daemon:
         if not serving.done():
             service.recover()
             working = [
-                asyncio.create_task(self._watch_lease(service), name="lease"),
-                asyncio.create_task(self._beat(service, link), name="heartbeat"),
-                asyncio.create_task(self._renew(link, credentials), name="renewal"),
+                asyncio.create_task(again(what, pause_s, step), name=name)
+                for name, what, pause_s, step in (
+                    (
+                        "lease",
+                        "the strict VMs could not be looked after",
+                        LEASE_LOOK_S,
+                        lambda: self._watch_lease(service),
+                    ),
+                    (
+                        "heartbeat",
+                        "the controller did not take the heartbeat",
+                        HEARTBEAT_S,
+                        lambda: self._beat(service, link),
+                    ),
+                    (
+                        "renewal",
+                        "this host's certificate could not be renewed",
+                        LOOK_INTERVAL_S,
+                        lambda: self._renew(link, credentials),
+                    ),
+                )
             ]
             log.info("host %s answers at %s:%s", self._config.name, self._config.address, self._config.port)
         try:
@@ -166,48 +185,29 @@ class Daemon:
 
     async def _beat(self, service: HostService, link: ControllerLink) -> None:
         """Tell the controller that this host lives, what it has and what its VMs do."""
-        failing = False
-        while True:
-            try:
-                asked_at_s = time.monotonic()
-                reply = await link.heartbeat(
-                    self._config.name,
-                    await service.inventory(),
-                    await service.vm_states(),
-                    service.vm_epochs(),
-                )
-                failing = False
-                service.note_epochs(reply.epochs)
-                for name in await service.end_disowned(reply.disowned):
-                    log.warning("VM %s belongs to another host by now: it was ended here", name)
-                service.settle()
-                await service.strict.answered(asked_at_s, reply.strict)
-            except TranshumeError as error:
-                if not failing:
-                    log.warning("the controller did not take the heartbeat: %s", error.message)
-                failing = True
-            await asyncio.sleep(HEARTBEAT_S)
+        asked_at_s = time.monotonic()
+        reply = await link.heartbeat(
+            self._config.name,
+            await service.inventory(),
+            await service.vm_states(),
+            service.vm_epochs(),
+        )
+        service.note_epochs(reply.epochs)
+        for name in await service.end_disowned(reply.disowned):
+            log.warning("VM %s belongs to another host by now: it was ended here", name)
+        service.settle()
+        await service.strict.answered(asked_at_s, reply.strict)
 
     async def _watch_lease(self, service: HostService) -> None:
         """Stop strict VMs when the register was silent for too long; after that nothing starts unasked."""
-        while True:
-            if service.strict.lease_is_over:
-                service.unsettle()
-            try:
-                await service.strict.look()
-            except TranshumeError as error:
-                log.warning("the strict VMs could not be looked after: %s", error.message)
-            await asyncio.sleep(LEASE_LOOK_S)
+        if service.strict.lease_is_over:
+            service.unsettle()
+        await service.strict.look()
 
     async def _renew(self, link: ControllerLink, credentials: Credentials) -> None:
         """Ask for the next certificate in time, and show it from then on."""
-        while True:
-            try:
-                if await self._keeper.look(link, time.time()):
-                    credentials.server()
-            except TranshumeError as error:
-                log.warning("this host's certificate could not be renewed: %s", error.message)
-            await asyncio.sleep(LOOK_INTERVAL_S)
+        if await self._keeper.look(link, time.time()):
+            credentials.server()
 
     def _make_folders(self) -> None:
         for path in (self._config.state_dir, self._config.vms_dir):

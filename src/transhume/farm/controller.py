@@ -32,7 +32,8 @@ from transhume.farm.users import Users
 from transhume.farm.vms import Vms
 from transhume.farm.watcher import Watcher
 from transhume.host.config import HostConfig
-from transhume.model.errors import NotFound, TranshumeError, Unauthorized
+from transhume.host.steady import again
+from transhume.model.errors import NotFound, Unauthorized
 from transhume.model.host import HostInventory
 from transhume.model.migration import Migration
 from transhume.model.orders import HeartbeatReply, MigrationUpdate, Renewed, SwapReply
@@ -105,7 +106,10 @@ class Controller:
         await self.vms.load()
         await self.migrations.start()
         await self.drains.start()
-        self._sweeping = asyncio.create_task(self._sweep(), name="sweep migrations")
+        sweeping = again(
+            "could not look after the migrations", self._limits.sweep_interval_s, self._sweep, at_once=False
+        )
+        self._sweeping = asyncio.create_task(sweeping, name="sweep migrations")
 
     async def close(self) -> None:
         """Stop watching and end all event streams. VMs and migrations go on."""
@@ -210,11 +214,6 @@ class Controller:
         return reply.model_copy(update={"epochs": {**reply.epochs, vm: wanted.epoch}})
 
     async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(self._limits.sweep_interval_s)
-            try:
-                await self.migrations.sweep()
-                self.drains.wake()
-                self.fencing.wake()
-            except TranshumeError as error:
-                log.warning("could not look after the migrations: %s", error.message)
+        await self.migrations.sweep()
+        self.drains.wake()
+        self.fencing.wake()

@@ -264,7 +264,11 @@ class Movers:
             if state in FINAL_STATES:
                 break
             await asyncio.sleep(SUCCESSOR_PAUSE_S)
-            self._spawn(mover)
+            try:
+                self._spawn(mover)
+            except OSError as error:
+                # A host without memory or room now: the VM has nobody else, so it is tried for ever.
+                log.warning("no mover can be started for %s: %s", mover.folder.path.name, error.strerror)
         mover.ended.set()
         mover.relay_wanted.set()
 
@@ -341,6 +345,9 @@ class Movers:
             return False
         except TranshumeError as error:
             log.warning("the controller refused a report on %s: %s", update.migration, error.message)
+        except Exception:
+            log.exception("a report on %s could not be given", update.migration)
+            return False  # untold, the migration would never end
         return True
 
     def _never_began(self, mover: Mover) -> MigrationUpdate:

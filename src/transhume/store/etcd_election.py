@@ -149,6 +149,9 @@ class EtcdLeadership:
                         f"the lease to lead {self.name} could not be renewed for {self._ttl_s:g} s: "
                         f"{error or 'no answer'}"
                     )
+            except Exception as error:
+                self._ending.end(f"the lease to lead {self.name} cannot be renewed: {error!r}")
+                raise
 
     async def _renew(self) -> None:
         """Renew the lease, and see whether the record is still this leader's."""
