@@ -63,6 +63,9 @@ async def test_a_vm_without_room_stays_as_it_is(machines: Machines) -> None:
 async def test_what_qemu_refuses_leaves_nothing(machines: Machines, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, spec = await started(machines)
     paths = VmPaths(machines.root / "one")
+    # After a refused device_add QEMU waits until each vCPU was outside its translated code once
+    # (drain_call_rcu), which this guest, a loop without interrupts, may never be under TCG.
+    await launched.monitor.stop()
 
     def without_its_slot(spec: VmSpec, number: int) -> dict[str, object]:
         return {"driver": "pc-dimm", "id": "dimm0", "memdev": "ram1", "slot": 99}
