@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,26 +140,11 @@ class Daemon:
         if not serving.done():
             service.recover()
             working = [
-                asyncio.create_task(again(what, pause_s, step), name=name)
-                for name, what, pause_s, step in (
-                    (
-                        "lease",
-                        "the strict VMs could not be looked after",
-                        LEASE_LOOK_S,
-                        lambda: self._watch_lease(service),
-                    ),
-                    (
-                        "heartbeat",
-                        "the controller did not take the heartbeat",
-                        HEARTBEAT_S,
-                        lambda: self._beat(service, link),
-                    ),
-                    (
-                        "renewal",
-                        "this host's certificate could not be renewed",
-                        LOOK_INTERVAL_S,
-                        lambda: self._renew(link, credentials),
-                    ),
+                asyncio.create_task(again(what, pause_s, step), name=what)
+                for what, pause_s, step in (
+                    ("look after the strict VMs", LEASE_LOOK_S, partial(self._watch_lease, service)),
+                    ("have the heartbeat taken", HEARTBEAT_S, partial(self._beat, service, link)),
+                    ("renew the certificate", LOOK_INTERVAL_S, partial(self._renew, link, credentials)),
                 )
             ]
             log.info("host %s answers at %s:%s", self._config.name, self._config.address, self._config.port)

@@ -26,7 +26,7 @@ async def _turns(troubles: list[Exception | None], at_once: bool = True) -> int:
         if trouble is not None:
             raise trouble
 
-    working = asyncio.create_task(again("the work failed", 0.0, step, at_once))
+    working = asyncio.create_task(again("do the work", 0.0, step, at_once))
     await asyncio.wait_for(over.wait(), 20)
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)
@@ -49,9 +49,9 @@ async def test_a_failure_that_lasts_is_told_once(caplog: pytest.LogCaptureFixtur
     await _turns([*lost, None, HostLost("nobody there"), HostLost("somebody else")])
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == [
-        "the work failed: nobody there",
-        "the work failed: nobody there",
-        "the work failed: somebody else",
+        "could not do the work: nobody there",
+        "could not do the work: nobody there",
+        "could not do the work: somebody else",
     ]
 
 

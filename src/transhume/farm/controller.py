@@ -106,9 +106,7 @@ class Controller:
         await self.vms.load()
         await self.migrations.start()
         await self.drains.start()
-        sweeping = again(
-            "could not look after the migrations", self._limits.sweep_interval_s, self._sweep, at_once=False
-        )
+        sweeping = again("look after migrations", self._limits.sweep_interval_s, self._sweep, at_once=False)
         self._sweeping = asyncio.create_task(sweeping, name="sweep migrations")
 
     async def close(self) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from transhume.farm.events import EventLog
 from transhume.farm.feed import Feed, Kind, News
 from transhume.farm.members import Members
 from transhume.farm.record_news import RecordNews
+from transhume.host.steady import again
 from transhume.model.migration import Migration, Outcome, Phase
 from transhume.model.vm import VmState
 from transhume.store.interface import Compare, Store
@@ -72,7 +74,10 @@ class Watcher:
         self._silent = {name: members.silent(name) for name in members.names()}
         self._tasks = [
             asyncio.create_task(self._follow(events, events.last_id), name="news of migrations"),
-            asyncio.create_task(self._look(members), name="news of hosts"),
+            asyncio.create_task(
+                again("tell the news of hosts", LOOK_INTERVAL_S, partial(self._look, members), at_once=False),
+                name="news of hosts",
+            ),
         ]
 
     async def close(self) -> None:
@@ -138,9 +143,7 @@ class Watcher:
         )
 
     async def _look(self, members: Members) -> None:
-        while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
-            self.look(members)
+        self.look(members)
 
     def look(self, members: Members) -> None:
         """Tell which hosts were lost or came back since the last look."""

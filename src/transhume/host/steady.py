@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 async def again(what: str, pause_s: float, step: Callable[[], Awaitable[None]], at_once: bool = True) -> None:
     """Carry out `step`, rest for `pause_s` seconds, and again, until the task is cancelled.
 
-    `at_once` False rests first. A failure is told in the log as `what`, once until it changes or passes: in a
-    line when it is of a known kind, with its traceback when it is a mistake of this program.
+    `at_once` False rests first. A failure is told in the log ("could not `what`"), once until it changes or
+    passes: in a line when it is of a known kind, with its traceback when it is a mistake of this program.
     """
     told = ""
     while True:
@@ -39,5 +39,5 @@ async def again(what: str, pause_s: float, step: Callable[[], Awaitable[None]], 
 def _tell(what: str, words: str, told: str, mistake: bool = False) -> str:
     """In an exception's handler. What was told."""
     if words != told:
-        log.warning("%s: %s", what, words, exc_info=mistake)
+        log.warning("could not %s: %s", what, words, exc_info=mistake)
     return words

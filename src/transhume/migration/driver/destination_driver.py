@@ -115,7 +115,6 @@ class DestinationDriver(Driver[DestinationState]):
         self._watcher: asyncio.Task[None] | None = None
         self._listener: Listener | None = None
         self._ram: GuestRam | None = None
-        self._channel: FrameChannel | None = None
         self._native_relay: NativeRelay | None = None
         self._threads: list[threading.Thread] = []
         self._incoming: IncomingState | None = None
@@ -701,16 +700,6 @@ class DestinationDriver(Driver[DestinationState]):
             await process.kill()
         if self._paths.directory.exists():
             shutil.rmtree(self._paths.directory)
-
-    def _send_if_open(self, message: wire.Message) -> None:
-        """For words whose loss changes nothing: the register tells the rest."""
-        channel = self._channel
-        if channel is None:
-            return
-        try:
-            channel.send(message)
-        except HostLost:
-            return
 
 
 def _check_counts(receiver: PageReceiver, pages: int, zero_pages: int) -> None:

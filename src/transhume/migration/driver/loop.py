@@ -14,12 +14,14 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from transhume.migration import events as ev
+from transhume.migration import wire
 from transhume.migration.driver.control import ControlServer
 from transhume.migration.driver.job import MoverJob
 from transhume.migration.driver.journal import Journal
 from transhume.migration.machine import Command, Event, Machine, UnexpectedEvent
 from transhume.migration.register import Register
 from transhume.migration.source import REVIVED
+from transhume.migration.transfer.channel import FrameChannel
 from transhume.model.errors import HostLost, NotFound, PagesLost, StoreError, StoreFull, TranshumeError
 from transhume.model.migration import Outcome
 from transhume.model.orders import CancelReply, MigrationUpdate
@@ -76,6 +78,7 @@ class Driver(ABC, Generic[StateT]):
         self.control = control
         self._machine = machine
         self._register = register
+        self._channel: FrameChannel | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._work: set[asyncio.Task[None]] = set()
@@ -240,6 +243,16 @@ class Driver(ABC, Generic[StateT]):
             self.post(ev.Tick())
             if now_s - self._published_s >= PUBLISH_S and not self._machine.finished:
                 self.publish()
+
+    def _send_if_open(self, message: wire.Message) -> None:
+        """For words whose loss changes nothing: the register tells the rest. In a worker's thread: the
+        connection may go meanwhile.
+        """
+        channel = self._channel
+        if channel is None:
+            return
+        with suppress(HostLost):
+            channel.send(message)
 
     def _log_mistake(self, where: str) -> None:
         """In an exception's handler: leave what is needed to mend this program."""

@@ -132,7 +132,6 @@ class SourceDriver(Driver[SourceState]):
         self._monitor: Monitor | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._tracked: TrackedRam | None = None
-        self._channel: FrameChannel | None = None
         self._native_relay: NativeRelay | None = None
         self._reader: threading.Thread | None = None
         self._stop = threading.Event()
@@ -838,16 +837,6 @@ class SourceDriver(Driver[SourceState]):
                 channel.send(message)
 
         await self._in_data_thread(send_all)
-
-    def _send_if_open(self, message: wire.Message) -> None:
-        """For words whose loss changes nothing. In a worker's thread: the connection may go meanwhile."""
-        channel = self._channel
-        if channel is None:
-            return
-        try:
-            channel.send(message)
-        except HostLost:
-            return
 
     async def _in_data_thread(self, call: Callable[..., Result], *arguments: object) -> Result:
         self._data_busy = True
